@@ -1,0 +1,672 @@
+"""From documents to batches: sources, cleaning, the embedded corpus, and the token store that training reads.
+
+`stentor_utils` imports all of it, so notebooks say `su.prepare_tokens` and never this name.
+"""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import sysconfig
+import time
+import unicodedata
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from fsspec.spec import AbstractBufferedFile
+
+
+class ParameterError(ValueError):
+    """Raised before any work starts; the message lists every problem found, one sentence each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def _render_traceback_(self):          # IPython calls this: a reader needs the sentences, not the stack
+        return ["Parameters refused, nothing was started:"] + [f"  - {problem}" for problem in self.problems]
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a run killed at any instant, sees the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    path: "local:prose" | "local:code" | "local:math" (read from the installed Python), "hf:owner/dataset" (the hub),
+    or a file or folder of .jsonl, .parquet or .txt. `revision` pins a hub dataset; `weight` is relative.
+    """
+    name: str
+    path: str
+    weight: float = 1.0
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    preserve_linebreaks: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: cleaning as the cards define it, and the sources. A document stream is resumable: every document comes with the
+# cursor {"file": i, "row": j} from which the rest of the stream can be read again.
+
+
+def clean_text(text: str, preserve_linebreaks: bool = False) -> str:
+    """The cards' cleaning: NFKC, then all white space to single spaces; for code the Stentor3 card keeps the lines.
+
+    One deliberate difference: the Stentor3 card writes `text.replace("\\\\r\\\\n", "\\\\n")`, an escaping slip of the page;
+    real carriage returns are meant and replaced here.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    if preserve_linebreaks:
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").splitlines()
+        return "\n".join(line.rstrip() for line in lines).strip()
+    return " ".join(text.split())         # the card's two joins in one: split() also splits at every line break
+
+
+def _python_files(kind: str) -> list[Path]:
+    """The installed Python files that the embedded corpus `kind` reads, in a fixed order."""
+    paths = sysconfig.get_paths()
+    mathematical = {"sympy", "mpmath", "scipy"}
+    found = []
+    for root in (Path(paths["stdlib"]), Path(paths["purelib"])):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).parts
+            if root == Path(paths["stdlib"]) and parts[0] in ("site-packages", "dist-packages"):
+                continue
+            if "tests" in parts or "test" in parts:
+                continue
+            if kind == "code" or (parts[0] in mathematical) == (kind == "math"):
+                found.append(("/".join(parts), path))
+    return [path for _, path in sorted(found)]
+
+
+def _docstrings(path: Path) -> list[str]:
+    """Docstrings and comment blocks of one Python file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if '"""' not in text and "\n# " not in text:   # nothing to find: parsing is most of the cost
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")            # invalid escapes in other people's files
+            tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return []
+    found = [ast.get_docstring(node) for node in ast.walk(tree)
+             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    comments = re.findall(r"(?:^[ \t]*# .*\n){2,}", text, flags=re.MULTILINE)
+    found += [re.sub(r"^[ \t]*# ?", "", block, flags=re.MULTILINE) for block in comments]
+    return [doc for doc in found if doc]
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Running text rather than a parameter table, a formula or a doctest: long enough, and nearly all letters."""
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    return len(paragraph) >= 80 and letters >= 0.88 * len(paragraph) and ">>>" not in paragraph
+
+
+def _extract(kind: str) -> list[str]:
+    """All documents of an embedded corpus, in a fixed pseudo-random order (by hash), none twice.
+
+    prose: paragraphs of running English in docstrings, comments, package descriptions and the language reference; a
+           paragraph that occurred before is left out, so that no validation paragraph was trained on.
+    math:  whole docstrings of sympy, mpmath and scipy.     code: whole source files up to 100 kB.
+    """
+    files = _python_files(kind)
+    if kind == "code":
+        documents = [path.read_bytes().decode("utf-8", "replace") for path in files
+                     if path.stat().st_size <= 100_000 and hashlib.sha256(str(path.name).encode()
+                                                                          + str(path.stat().st_size).encode()).digest()[0] < 64]
+    else:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=_fork()) as pool:
+            found = list(pool.map(_docstrings, files, chunksize=32))
+        if kind == "math":
+            documents = ["\n\n".join(strings) for strings in found]
+        else:
+            descriptions = [path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
+                            for path in sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))]
+            from pydoc_data.topics import topics                    # the Python language reference, as text
+            found += [[text] for text in descriptions + list(topics.values())]
+            documents, seen = [], set()
+            for strings in found:
+                kept = []
+                for paragraph in re.split(r"\n\s*\n", "\n\n".join(strings)):
+                    paragraph = " ".join(paragraph.split())
+                    if _is_prose(paragraph) and (key := paragraph.lower()) not in seen:
+                        seen.add(key)
+                        kept.append(paragraph)
+                documents.append("\n\n".join(kept))
+    unique = {hashlib.sha256(text.encode()).digest(): text for text in documents if len(text) >= 200}
+    return [unique[key] for key in sorted(unique)]
+
+
+def _fork():
+    import multiprocessing
+    return multiprocessing.get_context("fork")       # workers only read text; spawning would import torch in each
+
+
+def local_corpus(kind: str) -> Path:
+    """The embedded corpus "prose" | "code" | "math" as a .jsonl file, extracted once and kept in the cache folder.
+
+    The name carries a hash of the installed files' names and sizes: another installation is another corpus.
+    The cache is $STENTOR_CACHE, else ~/.cache/stentor.
+    """
+    if kind not in ("prose", "code", "math"):
+        raise ParameterError([f"local:{kind} is not an embedded corpus; known: local:prose, local:code, local:math."])
+    files = _python_files(kind)
+    names = "extraction 1\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    cache = Path(os.environ.get("STENTOR_CACHE", Path.home() / ".cache" / "stentor"))
+    path = cache / f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.jsonl"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in _extract(kind))
+        write_atomically(path, lines.encode("utf-8", "surrogatepass"))
+    return path
+
+
+class SourceError(RuntimeError):
+    """A source could not be read on. What the store holds stays, and the same call goes on from there."""
+
+
+def _hub_get(source: Source, url: str, what: str, span: tuple[int, int] | None = None, *, tries: int = 8, sleep=time.sleep,
+             deadline: float | None = None):
+    """GET from the hub, tried again after 1, 2, 4 ... 60 s or as long as the hub asks (Retry-After, RateLimit's t).
+
+    span: the first and last byte wanted; fewer are a failure too. Raises SourceError after `tries`, or when the next wait
+    would pass `deadline` (as time.time()); ParameterError where asking again cannot help. Their texts hold neither URL nor
+    header: a redirect's URL is signed, a header carries the token.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
+    url, wanted = url if url.startswith("http") else f"{constants.ENDPOINT}/{url}", {"accept-encoding": "identity"}
+    if span:
+        wanted["range"] = f"bytes={span[0]}-{span[1]}"
+    for attempt in range(1, tries + 1):
+        wait = min(2 ** (attempt - 1), 60)
+        try:
+            answer = get_session().get(url, headers=build_hf_headers() | wanted, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            code, reason = answer.status_code, answer.headers.get("X-Error-Code", "")
+            if code in (200, 206) and (len(answer.content) == span[1] - span[0] + 1 if span else answer.json()):
+                return answer
+            problem = f"HTTP {code} {reason}".strip() if code > 206 else f"cut off after {len(answer.content):,} bytes"
+            limit = answer.headers.get("RateLimit", "") if code == 429 else ""
+            asked = answer.headers.get("Retry-After") or limit.rpartition("t=")[2]
+            wait = max(wait, int(asked) if asked.isdigit() else 0)
+            hopeless = reason in ("RepoNotFound", "RevisionNotFound", "GatedRepo") or (
+                code in (401, 403) and str(answer.url).startswith(constants.ENDPOINT))
+        except Exception as error:                    # whichever HTTP library it is: timed out, cut off, no such host
+            problem = type(error).__name__
+            hopeless = problem == "OfflineModeIsEnabled"
+        if hopeless:
+            raise ParameterError([f"source {source.name}: the hub gave no {source.path[3:]} at revision {source.revision} "
+                                  f"({problem}); check both names, HF_TOKEN, HF_HUB_OFFLINE, and whether the dataset's page "
+                                  "asks you to accept conditions."])
+        late = deadline is not None and time.time() + wait > deadline
+        if late or attempt == tries:
+            raise SourceError(f"source {source.name}: {what} of {source.path} could not be read: {problem}, try {attempt} of "
+                              f"{tries}{f'; {wait:,} s more would pass the deadline' if late else ''}. Nothing written is "
+                              "lost: run the same again and it goes on from there.")
+        print(f"source {source.name}: {problem} at {what}; try {attempt + 1} of {tries} in {wait:,} s", flush=True)
+        sleep(wait)
+
+
+class HubFile(AbstractBufferedFile):
+    """A file of a pinned hub dataset, read by range requests: only what is asked for is fetched (of parquet: one column)."""
+
+    def __init__(self, source: Source, name: str, size: int, **reading):
+        url = f"datasets/{source.path[3:]}/resolve/{source.revision}/{quote(name)}"
+        self.get = functools.partial(_hub_get, source, url, name, **reading)
+        super().__init__(None, name, size=size, cache_type="none")
+
+    def _fetch_range(self, start, end):
+        return self.get((start, min(end, self.size) - 1)).content if start < self.size else b""
+
+
+def pin_revision(source: Source, **reading) -> Source:
+    """The source with its revision (None: main) resolved to the commit it names now; a full commit is left as it is."""
+    if not source.path.startswith("hf:") or re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        return source
+    source = dataclasses.replace(source, revision=source.revision or "main")
+    url = f"api/datasets/{source.path[3:]}/revision/{quote(source.revision, safe='')}"
+    return dataclasses.replace(source, revision=_hub_get(source, url, "the revision", **reading).json()["sha"])
+
+
+def source_files(source: Source, **reading) -> dict[str, int]:
+    """{path, or name in the hub repository: bytes} of a source's files, in reading order.
+
+    Of a hub dataset those that its card lists for the config and split (YAML: configs, data_files); if it lists no such
+    config, those with its name in their path ("sample-10BT" is sample/10BT/...) and, if any file names it, the split's.
+    Raises ParameterError when there are none, or when a hub dataset has no such config or split.
+    """
+    if not source.path.startswith("hf:"):
+        path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
+        files = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt"))
+                       ) if path.is_dir() else [path]
+        if not files or not all(p.is_file() for p in files):
+            raise ParameterError([f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
+                                  "with some; nor does it begin with local: or hf:."])
+        return {str(p): p.stat().st_size for p in files}
+    source, sizes, configs = pin_revision(source, **reading), {}, {}
+    page = f"api/datasets/{source.path[3:]}/tree/{source.revision}?recursive=true"
+    while page:
+        answer = _hub_get(source, page, "the list of files", **reading)
+        sizes |= {item["path"]: item["size"] for item in answer.json() if item["type"] == "file"}
+        page = answer.links.get("next", {}).get("url")
+    if "README.md" in sizes:
+        import yaml
+        card = HubFile(source, "README.md", sizes["README.md"], **reading).read().decode("utf-8", "replace")
+        front = re.match(r"---\s*\n(.*?)\n---", card, re.S)
+        for item in (yaml.safe_load(front[1]) or {}).get("configs", []) if front else []:
+            if isinstance(item, dict) and "data_files" in item:
+                configs[str(item.get("config_name", "default"))] = item["data_files"]
+                if item.get("default"):
+                    configs["default"] = item["data_files"]
+    names = sorted(name for name in sizes if name.endswith((".parquet", ".jsonl", ".jsonl.gz")))
+    config = source.config or (next(iter(configs)) if len(configs) == 1 else "default")
+    if config in configs:
+        globs, tokens = [], {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}     # as `datasets` reads them
+        for item in configs[config] if isinstance(configs[config], list) else [configs[config]]:
+            item = item if isinstance(item, dict) else {"split": "train", "path": item}
+            if item["split"] == source.split:
+                globs += [item["path"]] if isinstance(item["path"], str) else item["path"]
+        whole = "|".join("".join(tokens.get(t, re.escape(t)) for t in re.split(r"(\*\*/|\*\*|\*|\?)", glob)) for glob in globs)
+        names = [name for name in names if re.fullmatch(whole, name)]
+    else:
+        if config != "default" or configs:
+            near = [f"/{re.sub('[-_./]+', '/', text.lower())}/" for text in (config, *names)]
+            names = ([name for name in names if f"/{config}/" in f"/{name}"]
+                     or [name for name, path in zip(names, near[1:]) if near[0] in path])
+        in_split = [name for name in names if source.split in re.split("[^a-z]+", name.lower())]
+        names = in_split or (names if source.split == "train" else [])
+    if not names:
+        raise ParameterError([f"source {source.name}: {source.path} has no .parquet or .jsonl file for config {config}, split "
+                              f"{source.split}; its card lists the configs: {', '.join(configs) or 'none'}."])
+    return {name: sizes[name] for name in names}
+
+
+def _rows(file, name: str, text_field: str, start: int):
+    """The text field of each row of an open .jsonl / .parquet / .txt file from row `start` on (whatever its type).
+
+    Bytes that are no UTF-8 come out as lone surrogates, so that the document is counted and skipped as such.
+    """
+    if name.endswith(".parquet"):
+        import pyarrow.parquet as pq
+        parquet, row = pq.ParquetFile(file), 0
+        if text_field not in parquet.schema_arrow.names:
+            raise ParameterError([f"{name} has no column {text_field!r}; its columns: {parquet.schema_arrow.names}."])
+        for group in range(parquet.num_row_groups):
+            size = parquet.metadata.row_group(group).num_rows
+            if row + size > start:
+                values = parquet.read_row_group(group, columns=[text_field]).column(0)
+                for value in values[max(0, start - row):]:
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError:
+                        text = value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+                    yield text
+            row += size
+    elif name.endswith(".txt"):                       # documents are separated by a line of their own: <|doc|>
+        for text in file.read().decode("utf-8", "surrogateescape").split("\n<|doc|>\n")[start:]:
+            yield text
+    else:
+        import gzip
+        lines = gzip.open(file) if name.endswith(".gz") else file
+        for row, line in enumerate(lines):
+            if row >= start:
+                try:
+                    yield json.loads(line.decode("utf-8-sig", "surrogateescape")).get(text_field)
+                except (ValueError, AttributeError):
+                    yield None
+
+
+def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sleep=time.sleep, deadline: float | None = None):
+    """Stream a source: yields (text or whatever the row holds, cursor of the next row).
+
+    A hub dataset is read at one commit from first to last; a failed request is tried again (see `_hub_get`), and so is a
+    file that arrives damaged, from the same row on: nothing is lost or repeated. Raises SourceError when that does not help.
+    """
+    reading = {"tries": tries, "sleep": sleep, "deadline": deadline}
+    hub, failures, cursor = source.path.startswith("hf:"), 0, dict(cursor or {"file": 0, "row": 0})
+    source = pin_revision(source, **reading)
+    files = list(source_files(source, **reading).items())
+    while cursor["file"] < len(files):
+        name, size = files[cursor["file"]]
+        try:
+            file = HubFile(source, name, size, **reading) if hub else open(name, "rb")
+            with file if name.endswith(".parquet") or not hub else io.BufferedReader(file, 4 << 20) as file:
+                for value in _rows(file, name, source.text_field, cursor["row"]):
+                    cursor, failures = {"file": cursor["file"], "row": cursor["row"] + 1}, 0
+                    yield value, cursor
+            cursor = {"file": cursor["file"] + 1, "row": 0}
+        except ParameterError:
+            raise
+        except SourceError as error:
+            raise SourceError(f"{error} It stopped before row {cursor['row']:,} of {name}.") from None
+        except Exception as error:                    # no sound parquet or gzip arrived; the next copy may be
+            failures += 1
+            problem = (f"source {source.name}: {name} of {source.path} is damaged at or after row {cursor['row']:,} "
+                       f"({type(error).__name__}: {str(error)[:100]})")
+            if failures == 3 or not hub:
+                raise SourceError(f"{problem}. Nothing written is lost: with a sound file the same call goes on; a dataset "
+                                  "without one needs another `revision` and a new folder.") from error
+            print(f"{problem}; reading it again ({failures} of 2)", flush=True)
+            sleep(2 ** failures)
+
+
+def clean_documents(source: Source, cursor: dict | None = None, longest_document: int = 2_000_000, **reading):
+    """Stream a source cleaned: yields (text, None, cursor), or (None, why the row is skipped, cursor)."""
+    for value, cursor in documents(source, cursor, **reading):
+        reason, text = None, None
+        if not isinstance(value, str):
+            reason = "null" if value is None else "not a string"
+        elif len(value) > longest_document:
+            reason = f"longer than {longest_document:,} characters"
+        elif re.search("[\ud800-\udfff]", value):     # what is left of bytes that were not UTF-8
+            reason = "invalid UTF-8"
+        elif not (text := clean_text(value, source.preserve_linebreaks)):
+            reason = "empty"
+        yield text, reason, cursor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token store: uint16 shards on disk, one folder a source. Document = ids + EOS, packed end to end without padding.
+
+
+def load_tokenizer(path):
+    """A tokenizer from a folder or a hub name. Only our own tokenizer class is built from this repository's code; for
+    anything else transformers' own classes are used, never code from the folder (no trust_remote_code)."""
+    folder = Path(path)
+    if (folder / "tokenmonster.vocab").is_file():
+        from tokenmonster_hf import TokenMonsterTokenizer
+        return TokenMonsterTokenizer.from_pretrained(str(folder))
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(str(path).removeprefix("hf:"))
+
+
+def tokenizer_problem(path) -> str | None:
+    """What is wrong with `path` as a tokenizer folder, found without loading transformers; None for a hub name."""
+    folder = Path(path)
+    if str(path).startswith("hf:"):
+        return None
+    if not folder.is_dir():
+        return "is not there"
+    if (folder / "tokenmonster.vocab").is_file():
+        from tokenmonster_hf import Vocabulary
+        try:
+            Vocabulary.from_file(folder / "tokenmonster.vocab")
+        except ValueError as error:
+            return f"is damaged ({error})"
+    elif not (folder / "tokenizer.json").is_file():
+        return "holds neither tokenmonster.vocab nor tokenizer.json"
+
+
+def find_vocabulary(name: str) -> Path:
+    """A released TokenMonster vocabulary by name ("english-8000-strict-nocapcode-v1"), or a path to a .vocab file.
+
+    Looked for as a path, then in the folders of $STENTOR_VOCABS, then on the hub (alasdairforsythe/tokenmonster).
+    """
+    folders = [Path(folder) for folder in os.environ.get("STENTOR_VOCABS", "").split(os.pathsep) if folder]
+    for path in (Path(name), *(folder / f"{name}.vocab" for folder in folders)):
+        if path.is_file():
+            return path
+    if name.endswith(".vocab") or "/" in name or not re.fullmatch(r"[a-z]+-\d+-[a-z0-9-]+", name):
+        raise ParameterError([f"vocabulary {name!r} is neither a .vocab file nor the name of a released vocabulary "
+                              "(such as english-8000-strict-nocapcode-v1)."])
+    from huggingface_hub import hf_hub_download
+    try:
+        return Path(hf_hub_download("alasdairforsythe/tokenmonster", f"vocabs/{name}.vocab"))
+    except Exception as error:
+        raise ParameterError([f"vocabulary {name!r} could not be fetched from the hub ({type(error).__name__}); give a "
+                              ".vocab file instead, or build one (VOCABULARY = 'build')."]) from error
+
+
+def tokenizer_sha256(tokenizer) -> str:
+    """What identifies a tokenizer: a hash of its vocabulary file and size. A store made with another one is refused."""
+    backend = getattr(tokenizer, "vocabulary", None)
+    data = backend.to_bytes() if backend is not None else tokenizer.backend_tokenizer.to_str().encode()
+    return hashlib.sha256(data + str(len(tokenizer)).encode()).hexdigest()
+
+
+def encode_documents(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids uint16, offsets int64 of len(texts) + 1), special tokens in the text taken as plain text, no EOS added."""
+    if hasattr(tokenizer, "encode_batch"):
+        ids, offsets = tokenizer.encode_batch(texts)
+        return ids.astype(np.uint16, copy=False), offsets
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return np.array([i for row in rows for i in row], dtype=np.uint16), offsets
+
+
+def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str, int], validation_documents: int,
+                   shard_tokens: int = 1 << 24, longest_document: int = 2_000_000, progress=print, **reading) -> Path:
+    """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; go on where an earlier call stopped.
+
+    tokens_per_source: {source.name: tokens wanted}; a source that ends earlier is used whole (and for more epochs).
+    The first `validation_documents` good documents of each source are its validation text and never enter training.
+    Documents that are null, empty, not a string, invalid UTF-8 or longer than `longest_document` characters are skipped
+    and counted. Writes manifest.json (atomically, after each shard): tokenizer hash, sources, counts of documents,
+    tokens and UTF-8 bytes of the cleaned text, sha256 of each shard, and the cursor to go on from. A hub source is read at
+    the commit in its entry's `revision`, now and in every later call. `reading`: tries, sleep and deadline of `documents`.
+    Raises ParameterError when the folder holds a store of another tokenizer, other sources or another revision.
+    """
+    store_dir = Path(store_dir)
+    manifest_path = store_dir / "manifest.json"
+    fingerprint = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "validation_documents": validation_documents,
+                   "shard_tokens": shard_tokens,
+                   "sources": [{k: v for k, v in dataclasses.asdict(s).items() if k not in ("weight", "revision")}
+                               for s in sources]}
+    if manifest_path.exists():
+        manifest = json.loads(manifest_path.read_text())
+        for key, value in fingerprint.items():
+            if manifest["fingerprint"][key] != value:
+                raise ParameterError([f"{store_dir} holds a token store with another {key} "
+                                      f"({str(manifest['fingerprint'][key])[:60]} there, {str(value)[:60]} wanted); "
+                                      "choose another folder or delete it."])
+    else:
+        store_dir.mkdir(parents=True, exist_ok=True)
+        manifest = {"fingerprint": fingerprint, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+                    "sources": {}}
+    for source in sources:
+        entry = manifest["sources"].setdefault(source.name, {
+            "revision": None, "documents": 0, "tokens": 0, "characters": 0, "bytes": 0, "skipped": {}, "shards": [],
+            "validation": None, "cursor": {"file": 0, "row": 0}, "filled": 0})
+        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], validation_documents,
+              shard_tokens, longest_document, progress, reading)
+        if not entry["tokens"]:
+            raise ParameterError([f"source {source.name} ({source.path}) gave no training document after its first "
+                                  f"{validation_documents} validation documents; lower max_eval_samples."])
+    return store_dir
+
+
+def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -> Source:
+    """A hub source at the commit the store's tokens came from so far; at the beginning, at the one its revision names now."""
+    commit, now = entry["revision"], source if complete else pin_revision(source, **reading)
+    if commit and source.revision and now.revision != commit and len(now.revision) == 40:
+        raise ParameterError([f"source {source.name}: the store holds {source.path} at revision {commit}, wanted is "
+                              f"{now.revision}; set revision to the former to go on, or choose another folder."])
+    if commit and now.revision != commit and not complete:
+        try:
+            _hub_get(source, f"api/datasets/{source.path[3:]}/revision/{commit}", "the revision", **reading)
+        except ParameterError as error:
+            raise ParameterError([f"source {source.name}: the store holds {source.path} at revision {commit}, which the hub no "
+                                  f"longer gives; it is at {now.revision} now. Choose another folder."]) from error
+    entry["revision"] = commit or now.revision
+    return dataclasses.replace(source, revision=entry["revision"])
+
+
+def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_documents, shard_tokens, longest, progress,
+          reading):
+    folder = store_dir / source.name
+    folder.mkdir(exist_ok=True)
+    eos = np.array([tokenizer.eos_token_id], dtype="<u2")
+
+    def write(name: str, ids: np.ndarray) -> dict:
+        data = ids.astype("<u2").tobytes()
+        write_atomically(folder / name, data)
+        return {"file": f"{source.name}/{name}", "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def encode(texts):                                # ids with EOS after each document
+        ids, offsets = encode_documents(tokenizer, texts)
+        return np.insert(ids.astype("<u2"), offsets[1:], eos[0])
+
+    # A shard is cut in the middle of a document: what is over goes to the next one, and into a file for a restart. One file
+    # for each number of shards: a kill between it and the manifest must leave the one that the old manifest needs.
+    carry = str(folder / "carry-{:05d}.bin").format
+    pending = np.fromfile(carry(len(entry["shards"])), "<u2") if entry["shards"] else eos[:0]
+    texts, validation, started, said = [], [], time.time(), time.time()
+    if source.path.startswith("hf:"):
+        source = _at_its_commit(source, entry, entry["filled"] >= wanted, reading)
+    if entry["filled"] >= wanted:
+        return
+    cursor = entry["cursor"]
+    counts = {key: entry[key] for key in ("documents", "characters", "bytes")}
+
+    def flush(last: bool):
+        nonlocal pending, texts
+        if texts:
+            counts["documents"] += len(texts)
+            counts["characters"] += sum(map(len, texts))
+            counts["bytes"] += sum(len(text.encode()) for text in texts)
+            pending = np.concatenate([pending, encode(texts)])
+            texts = []
+        while len(pending) >= shard_tokens or (last and len(pending)):
+            entry["shards"].append(write(f"train-{len(entry['shards']):05d}.bin", pending[:shard_tokens]))
+            entry["tokens"] += len(pending[:shard_tokens])
+            pending = pending[shard_tokens:]
+            write_atomically(carry(len(entry["shards"])), pending.tobytes())
+            entry.update(cursor=cursor, **counts)
+            write_atomically(store_dir / "manifest.json", json.dumps(manifest, indent=1))
+            Path(carry(len(entry["shards"]) - 1)).unlink(missing_ok=True)
+
+    # After a kill between the last shards everything wanted may already be in `pending`: then nothing more is read.
+    stream = clean_documents(source, cursor, longest, **reading) if entry["tokens"] + len(pending) < wanted else ()
+    characters = 0
+    for text, reason, cursor in stream:
+        if reason:
+            entry["skipped"][reason] = entry["skipped"].get(reason, 0) + 1
+            continue
+        if entry["validation"] is None:
+            validation.append(text)
+            if len(validation) == validation_documents:
+                entry["validation"] = write("validation.bin", encode(validation)) | {
+                    "documents": len(validation), "bytes": sum(len(text.encode()) for text in validation)}
+            continue
+        texts.append(text)
+        characters += len(text)
+        if characters > 1 << 20:                      # about 1 MB at a time: memory stays flat in the size of the corpus
+            flush(last=False)
+            characters = 0
+            if time.time() - said > 5:
+                said = time.time()
+                done = entry["tokens"] + len(pending)
+                progress(f"{source.name}: {done:,} of {wanted:,} tokens ({done / (said - started):,.0f} tokens/s)")
+            if entry["tokens"] + len(pending) >= wanted:
+                break
+    flush(last=True)
+    entry["filled"] = wanted                          # only now: a kill before this line must come back here
+    write_atomically(store_dir / "manifest.json", json.dumps(manifest, indent=1))
+
+
+class TokenStore:
+    """A token store read by memory map; `batch(step)` is a pure function of the recipe and the step.
+
+    Every sequence of the run has a number n = 0 .. recipe.sequences_to_train - 1. Its source follows from a golden-ratio
+    sequence (each prefix holds the mixture's weights to within a few sequences; the anneal's weights over the last
+    `anneal_fraction`), and the k-th sequence of a source is block k of an endless series of shuffled epochs over it.
+    So the order depends on neither the number of processes nor on what was read before: a resume needs only the step.
+    """
+
+    def __init__(self, store_dir, recipe):
+        self.folder, self.recipe = Path(store_dir), recipe
+        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        self.names = [source.name for source in recipe.sources if source.weight > 0 or recipe.anneal_weights]
+        if missing := [name for name in self.names if name not in self.manifest["sources"]]:
+            raise ParameterError([f"the token store {self.folder} has no source {', '.join(missing)}."])
+        if self.manifest["vocab_size"] > recipe.shape.vocab_size:
+            raise ParameterError([f"the token store has ids up to {self.manifest['vocab_size']:,}, the model only "
+                                  f"vocab_size = {recipe.shape.vocab_size:,}."])
+        self.shards = {name: [np.memmap(self.folder / shard["file"], dtype="<u2", mode="r")
+                              for shard in self.manifest["sources"][name]["shards"]] for name in self.names}
+        self.starts = {name: np.cumsum([0] + [len(shard) for shard in shards]) for name, shards in self.shards.items()}
+        self.blocks = {name: int(starts[-1]) // recipe.block_size for name, starts in self.starts.items()}
+        if short := [name for name, blocks in self.blocks.items() if blocks < 1]:
+            raise ParameterError([f"source {', '.join(short)} has fewer tokens than one block of {recipe.block_size}."])
+        n = np.arange(recipe.sequences_to_train)
+        point = (n + 0.5) * 0.6180339887498949 % 1.0
+        weights = [source.weight for source in recipe.sources if source.name in self.names]
+        self.row_source = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.uint8)
+        if recipe.anneal_weights:
+            late = n >= len(n) * (1 - recipe.anneal_fraction)
+            weights = np.cumsum(recipe.anneal_weights) / sum(recipe.anneal_weights)
+            self.row_source[late] = np.searchsorted(weights, point[late], side="right")
+        self.row_index = np.empty(len(n), np.int64)
+        for i in range(len(self.names)):
+            mine = self.row_source == i
+            self.row_index[mine] = np.arange(mine.sum())
+
+    def mixture(self, step: int) -> dict[str, float]:
+        """The realised share of each source in step `step` (0-based)."""
+        rows = self.row_source[self.rows(step)]
+        return {name: float(np.mean(rows == i)) for i, name in enumerate(self.names)}
+
+    def rows(self, step: int) -> slice:
+        size = self.recipe.total_batch_size
+        return slice(step * size, min((step + 1) * size, self.recipe.sequences_to_train))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the tokens of the store after `step` steps."""
+        return min(step * self.recipe.total_batch_size, self.recipe.sequences_to_train) / sum(self.blocks.values())
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """The global batch of step `step` (0-based): input_ids and labels, int64 (total_batch_size, block_size)."""
+        rows = self.rows(step)
+        ids = np.stack([self._block(self.names[source], int(index))
+                        for source, index in zip(self.row_source[rows], self.row_index[rows])])
+        ids = torch.from_numpy(ids.astype(np.int64))
+        return {"input_ids": ids, "labels": ids}      # the model shifts: position t predicts t + 1 (the cards' packing)
+
+    @functools.lru_cache(maxsize=16)
+    def _order(self, name: str, epoch: int) -> np.ndarray:
+        seed = [self.recipe.seed, epoch, *hashlib.sha256(name.encode()).digest()[:4]]
+        return np.random.default_rng(seed).permutation(self.blocks[name])
+
+    def _block(self, name: str, index: int) -> np.ndarray:
+        epoch, place = divmod(index, self.blocks[name])
+        start = int(self._order(name, epoch)[place]) * self.recipe.block_size
+        return self._read(name, start, start + self.recipe.block_size)
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        first, last = np.searchsorted(self.starts[name], [start, stop - 1], side="right") - 1
+        parts = [self.shards[name][i][max(0, start - self.starts[name][i]):stop - self.starts[name][i]]
+                 for i in range(first, last + 1)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def validation(self) -> tuple[np.ndarray, int]:
+        """(ids, bytes): the validation tokens of all sources behind one EOS, and the UTF-8 bytes of their text.
+
+        Evaluated in windows that overlap by one token, so each token is predicted exactly once and the summed loss
+        divided by `bytes` is exact.
+        """
+        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
+        ids = [np.fromfile(self.folder / entry["file"], "<u2") for entry in entries]
+        eos = np.array([self.manifest["eos_token_id"]], "<u2")
+        return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)

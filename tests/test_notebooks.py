@@ -1,0 +1,148 @@
+"""Every notebook is executed by papermill with its CPU parameters, as `make run` does, and what it made is looked at."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO
+
+import run_notebooks
+
+CHAIN = ["01_tokenizer", "02_pretrain_t4", "06_charts"]
+
+
+def run(*parameters, notebooks=CHAIN, **env):
+    return subprocess.run([sys.executable, "run_notebooks.py", "run", *notebooks, "-p", "PROFILE=cpu", *parameters],
+                          cwd=REPO, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return outputs / "chain", done.stdout
+
+
+def test_the_terminal_shows_progress_and_a_summary(chain):
+    folder, shown = chain
+    assert len(re.findall(r"step +\d+/245 \| loss [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s \| .* left", shown)) >= 9
+    tail = shown[shown.rindex("stentor2-12m-cpu:"):]
+    for part in ("parameters", "tokens seen", "tokens/s", "eval loss", "perplexity", "bits per byte", ">>>", "charts", "model"):
+        assert part in tail, part
+    assert tail.count(">>>") == 3
+
+
+def test_the_model_learned_and_beats_the_bigram(chain):
+    folder, _ = chain
+    summary = json.loads((folder / "summary.json").read_text())
+    bigram = json.loads((folder / "baseline.json").read_text())["byte_bigram_bits_per_byte"]
+    losses = [row["loss"] for row in map(json.loads, open(folder / "metrics.jsonl")) if row["kind"] == "train"]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 1
+    assert summary["bits_per_byte"] < bigram - 1      # after 1M tokens; a full `make run` ends about 2 below
+    assert summary["parameters"] == 1_377_408 and summary["tokens"] == 245 * 4096
+
+
+def test_the_model_folder_loads_through_auto_classes(chain, tmp_path):
+    folder, _ = chain
+    code = ("import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+            "t = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+            "x = t('The function returns', return_tensors='pt')\n"
+            "print(repr(t.decode(m.generate(**x, max_new_tokens=8, do_sample=False)[0])), len(t), m.config.vocab_size)\n")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code, str(folder / "final")], cwd=tmp_path, env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The function returns" in done.stdout and "4096 4096" in done.stdout
+
+
+def test_charts_samples_and_executed_notebooks_are_there(chain):
+    folder, _ = chain
+    for name in ("loss", "perplexity", "bits_per_byte", "parameters"):
+        assert (folder / "charts" / f"{name}.png").stat().st_size > 5_000
+    samples = json.loads((folder / "samples.json").read_text())["samples"]
+    assert len(samples) == 3 and all(sample["text"].strip() for sample in samples)
+    for name in CHAIN:
+        cells = json.loads((folder / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
+    environment = (folder / "environment.json").read_text()
+    assert '"torch": "2.13.0' in environment
+
+
+def test_running_again_keeps_the_finished_model(chain):
+    """The same parameters again: nothing is trained twice, the weights stay."""
+    folder, _ = chain
+    before = (folder / "final" / "model.safetensors").read_bytes()
+    done = run(f"OUTPUTS={folder.parent}", "RUN=chain", "TOKEN_BUDGET=1000000", notebooks=["02_pretrain_t4"])
+    assert done.returncode == 0 and "going on from step 245 of 245" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (folder / "final" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("notebook, given, expected", [
+    ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
+    ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
+    ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
+    ("02_pretrain_t4", ["RUN=../evil"], ["RUN = '../evil' must be a plain name"]),
+    ("02_pretrain_t4", ["OUTPUTS=/proc/nowhere"], ["OUTPUTS = '/proc/nowhere' is not a folder that can be written to"]),
+    ("01_tokenizer", ["VOCABULARY={folder}/cut.vocab"], ["cut.vocab"]),
+    ("01_tokenizer", ["VOCABULARY={folder}/other.vocab"], ["other.vocab"]),
+    ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
+])
+def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, expected, tiny, tmp_path):
+    vocabulary = (tiny.tokenizer_dir / "tokenmonster.vocab").read_bytes()
+    (tmp_path / "cut.vocab").write_bytes(vocabulary[:len(vocabulary) // 2])
+    (tmp_path / "other.vocab").write_bytes(b"PK\x03\x04 this is a zip file, say" * 20)
+    given = [value.replace("{folder}", str(tmp_path)) for value in given]
+    if not any(value.startswith("OUTPUTS=") for value in given):
+        given.append(f"OUTPUTS={tmp_path}")
+    started = time.monotonic()
+    done = run(*given, notebooks=[notebook])
+    print(f"{time.monotonic() - started:.1f} s")     # about 3 s on an idle machine; never gated on time
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part in expected:
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "=== 0" not in done.stdout.partition(notebook)[2]
+    assert len(done.stderr.splitlines()) < 15, done.stderr
+
+
+def test_a_misspelt_papermill_parameter_is_refused_without_our_runner(tmp_path):
+    """papermill itself only warns; the notebook's own check must stop."""
+    import papermill
+    with pytest.raises(papermill.PapermillExecutionError) as error:
+        papermill.execute_notebook(REPO / "notebooks" / "02_pretrain_t4.ipynb", tmp_path / "out.ipynb", cwd=REPO,
+                                   parameters={"TOKENBUDGET": 5, "OUTPUTS": str(tmp_path)}, progress_bar=False,
+                                   kernel_name="python3")
+    assert error.value.ename == "ParameterError" and "did you mean TOKEN_BUDGET?" in error.value.evalue
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_kept_as_agreed(path):
+    import nbformat
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info.name == "python"
+    tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
+    assert tags.count("parameters") == 1 and notebook.cells[0].cell_type == "markdown"
+    for before, cell in zip(notebook.cells, notebook.cells[1:]):
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+            assert len(cell.source.splitlines()) <= 60, cell.id
+            assert before.cell_type == "markdown", f"{cell.id} has no sentence before it"
+    assert "/work/" not in path.read_text() and "/root/" not in path.read_text()
+    opening = notebook.cells[0].source
+    assert all(word in opening for word in ("makes", "takes", "needs")) and notebook.cells[-1].cell_type in ("markdown", "code")
+    assert run_notebooks.notebook_parameters(path)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "kaggle").glob("*/kernel-metadata.json")), ids=lambda path: path.parent.name)
+def test_kaggle_metadata_points_at_the_notebook(path):
+    metadata = json.loads(path.read_text())
+    assert (path.parent / metadata["code_file"]).resolve() == (REPO / "notebooks" / f"{path.parent.name}.ipynb").resolve()
+    assert metadata["kernel_type"] == "notebook" and metadata["is_private"] is True
+    assert metadata["enable_gpu"] == (path.parent.name == "02_pretrain_t4")
