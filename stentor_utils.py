@@ -7,6 +7,7 @@ Also a command:  python -m stentor_utils train outputs/demo/run.json      (what 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import fcntl
@@ -200,7 +201,9 @@ class Recipe:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "cosine"                 # or "warmup_stable_decay"
+    optimizer: str | None = None                      # None: torch's AdamW; "paged_adamw_32bit": bitsandbytes' where a GPU is
+    ema_decay: float | None = None                    # of the averaged weights that evaluation, best/ and final/ then use
+    lr_scheduler_type: str = "cosine"                 # or "warmup_stable_decay", "cosine_with_restart"
     warmup_ratio: float = 0.05
     stable_ratio: float = 0.80                        # only warmup_stable_decay uses it; the cards print its steps anyway
     # batch and budget
@@ -283,6 +286,7 @@ class Recipe:
 
         cosine: linear warm-up from 0, then half a cosine to 0 at `schedule_steps`.
         warmup_stable_decay: warm-up, `stable_steps` at the peak, then a straight line to 0.
+        cosine_with_restart: after the warm-up two half cosines, the second from the peak again (one restart).
         """
         if update < self.warmup_steps:
             return self.learning_rate * update / self.warmup_steps
@@ -292,6 +296,8 @@ class Recipe:
                 return self.learning_rate
             return self.learning_rate * max(0.0, (self.schedule_steps - update) / (self.schedule_steps - decay_start))
         progress = (update - self.warmup_steps) / max(1, self.schedule_steps - self.warmup_steps)
+        if self.lr_scheduler_type == "cosine_with_restart" and progress < 1:
+            progress = 2 * progress % 1
         return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))))
 
     def problems(self) -> list[str]:
@@ -311,7 +317,10 @@ class Recipe:
                                 ("adam_beta1", 0, 0.9999999), ("adam_beta2", 0, 0.9999999), ("weight_decay", 0, 10)):
             if reason := number(low, high)(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} {reason}.")
-        for name, allowed in (("lr_scheduler_type", ("cosine", "warmup_stable_decay")),
+        if reason := number(0, 0.9999999, optional=True)(self.ema_decay):
+            wrong.append(f"ema_decay = {self.ema_decay!r} {reason}.")
+        for name, allowed in (("lr_scheduler_type", ("cosine", "warmup_stable_decay", "cosine_with_restart")),
+                              ("optimizer", (None, "paged_adamw_32bit")),
                               ("budget_check", ("step", "micro_batch")), ("mixed_precision", ("no", "fp16", "bf16")),
                               ("initialization", ("normal", "residual_scaled")),
                               ("attn_implementation", ("sdpa", "eager"))):
@@ -413,6 +422,12 @@ _STENTOR3_SOURCES = (                                 # Stentor3 card: 75 / 15 /
     Source("code", "hf:Cyrile/dataset-the-stack-v2-dedup-sub", 0.15, config="Python", text_field="content",
            preserve_linebreaks=True),
     Source("math", "hf:HuggingFaceTB/finemath", 0.10, config="finemath-4plus"))
+_SFT_SOURCES = (                                      # rows are dicts; a source without a commit is pinned when first read
+    Source("falsereject", "hf:AmazonScience/FalseReject", 7_125, text_field=None),
+    Source("beavertails", "hf:PKU-Alignment/BeaverTails", 5_708, split="30k_train", text_field=None,
+           revision="8401fe609d288129cc684a9b3be6a93e41cfe678"),
+    Source("dolly", "hf:databricks/databricks-dolly-15k", 5_153, text_field=None,
+           revision="d72c16e4644a463b9c678c71d9440befd4594556"))
 _UNSAID = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps",
            "fp32_critical_first", "sources.weight")
 
@@ -473,6 +488,16 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
                         learning_rate=2e-4, per_device_train_batch_size=32, gradient_accumulation_steps=4,
                         token_budget=279_000_000, mixed_precision="bf16", gradient_checkpointing=True,   # stage 1 of 3
                         published={"parameters": 142_639_104}, unpublished=("block_size", "eval_steps")),
+    # The main phase of the fine-tune; the other four, and LoRA, are in 04_instruct_sft. 273 steps hold 17,460 x 3 examples.
+    # "Cosine with 1 restart" is taken at its word; transformers' num_cycles=1 would be a plain cosine.
+    dataclasses.replace(_STENTOR_12M, name="stentor-12m-instruct", block_size=384, token_budget=273 * 192 * 384,
+                        sources=(*_SFT_SOURCES, Source("seed-safety", "seed_safety.jsonl", 14, text_field=None)),
+                        learning_rate=3e-5, lr_scheduler_type="cosine_with_restart", warmup_ratio=0.06, weight_decay=0.1,
+                        optimizer="paged_adamw_32bit", adam_epsilon=1e-6, ema_decay=0.999, mixed_precision="no",
+                        fp32_norms=False, fp32_critical_first=0, per_device_train_batch_size=48,
+                        gradient_accumulation_steps=4, eval_steps=40, best_eval_steps=40, logging_steps=10,
+                        published={"parameters": 12_047_040, "best_eval_loss": 4.300, "best_perplexity": 73.7},
+                        unpublished=("adam_beta1", "adam_beta2")),
 )}
 
 
@@ -739,8 +764,13 @@ def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, 
 
 
 def save_model_folder(model, tokenizer, folder) -> None:
-    """A plain Hugging Face folder, complete or not there at all: written beside, fsynced, then renamed into place."""
+    """A plain Hugging Face folder, complete or not there at all: written beside, fsynced, then renamed into place.
+
+    peft adapters are merged into a copy of the base weights first, so the folder loads where there is no peft.
+    """
     folder = Path(folder)
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     use_cache, model.config.use_cache = model.config.use_cache, True          # generation wants it, training not
@@ -1008,6 +1038,39 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+def make_optimizer(recipe: Recipe, groups: list[dict], device: torch.device, say=print):
+    """The recipe's optimiser: torch's fused AdamW, or bitsandbytes' paged one where it is asked for and there is a GPU."""
+    settings = {"lr": recipe.learning_rate, "eps": recipe.adam_epsilon, "betas": (recipe.adam_beta1, recipe.adam_beta2)}
+    if recipe.optimizer == "paged_adamw_32bit":
+        if device.type == "cuda":
+            from bitsandbytes.optim import PagedAdamW32bit
+            return PagedAdamW32bit(groups, **settings)
+        say(f"optimizer: torch's AdamW stands in for paged_adamw_32bit; pages are for a GPU's memory, this is {device}")
+    return torch.optim.AdamW(groups, **settings, fused=device.type in ("cuda", "cpu"))
+
+
+def update_ema(averages: list[torch.Tensor], parameters: list[torch.Tensor], decay: float, updates: int) -> None:
+    """averages <- d x averages + (1 - d) x parameters, in place, with d = min(decay, (1 + updates) / (10 + updates)).
+
+    The ramp is TensorFlow's ExponentialMovingAverage(num_updates): with a plain 0.999, 273 steps leave 76% of the start.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averages, [parameter.detach() for parameter in parameters], None)
+
+
+@contextlib.contextmanager
+def weights_swapped(parameters: list[torch.Tensor], averages: list[torch.Tensor]):
+    """Inside the block the averages stand in for the parameters (an empty list of averages: nothing happens)."""
+    def swap():
+        for parameter, average in zip(parameters, averages):
+            parameter.data, average.data = average.data, parameter.data
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 class RunLock:
     """One process owns a run folder. The lock is the kernel's (flock), so it dies with its process, kill -9 included."""
 
@@ -1068,11 +1131,16 @@ class Metrics:
         write_atomically(self.folder / "training_curves.csv", "\n".join(lines) + "\n")
 
 
-def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: float | None = None, say=None) -> dict:
+def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadline_hours: float | None = None, say=None
+          ) -> dict:
     """Train, or go on with, the run in `run_dir`; the only training loop there is.
 
     store: anything with .batch(step) -> {"input_ids", "labels"} int64 (total_batch_size, length), .validation(), .mixture,
-    .epoch, .manifest, .names (TokenStore). Writes checkpoints/, metrics.jsonl, training_curves.csv, best/, final/ and
+    .epoch, .manifest, .names (TokenStore); more keys of a batch, such as attention_mask, go to the model too. With
+    .evaluate(model, engine) -> the keys of `evaluate` and whatever else is to be logged, that is used, and no .validation();
+    with .tokens_per_step, that is what a step is counted as. model: one that is built already, used as it is instead of the
+    recipe's shape and precision techniques; only what requires gradients is trained and kept in checkpoints, and its start
+    weights are part of what a checkpoint must match. Writes checkpoints/, metrics.jsonl, training_curves.csv, best/, final/ and
     summary.json; returns what summary.json holds.
     SIGTERM and SIGINT finish the step, save, and raise SystemExit(143) or KeyboardInterrupt. `deadline_hours` after its
     start the loop saves and returns with "stopped": "deadline" instead of final/; the same call goes on from there.
@@ -1091,22 +1159,25 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
     if tokenizer is not None:
         tokenizer.model_max_length = recipe.shape.max_position_embeddings     # saved with the model; truncation goes by it
     special = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    model = build_model(recipe.shape, recipe.seed, initialization=recipe.initialization,
-                        attn_implementation=recipe.attn_implementation, **special)
-    precision = apply_precision_recipe(
-        model, fp32_norms=recipe.fp32_norms, fp32_critical_layers=recipe.fp32_critical_layers,
-        fp32_softmax=recipe.fp32_softmax, int8_qat=recipe.int8_qat)
+    start_weights, precision = {}, {"notes": []}
+    if model is None:
+        model = build_model(recipe.shape, recipe.seed, initialization=recipe.initialization,
+                            attn_implementation=recipe.attn_implementation, **special)
+        precision = apply_precision_recipe(
+            model, fp32_norms=recipe.fp32_norms, fp32_critical_layers=recipe.fp32_critical_layers,
+            fp32_softmax=recipe.fp32_softmax, int8_qat=recipe.int8_qat)
+    else:
+        start_weights = {"start_weights": weights_sha256(model)}
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(engine.device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, eps=recipe.adam_epsilon,
-        betas=(recipe.adam_beta1, recipe.adam_beta2), fused=engine.device.type in ("cuda", "cpu"))
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(recipe, parameter_groups(model, recipe.weight_decay), engine.device, say)
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    averages = [parameter.detach().clone() for parameter in names] if recipe.ema_decay else []
     parallel = engine.prepare(model)
 
     # where to begin
-    fingerprint = run_fingerprint(recipe, store)
+    fingerprint = run_fingerprint(recipe, store) | start_weights
     state = {"step": 0, "updates": 0, "skipped_steps": 0, "best_eval_loss": None, "best_step": None, "seconds": 0.0,
              "evaluated_step": -1, "metrics_lines": 0, "scaler": {}, "window": [0.0, 0], "fingerprint": fingerprint}
     if loaded := load_checkpoint(run_dir, say):
@@ -1119,6 +1190,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
                                   + ". Choose another RUN, or delete its checkpoints folder.")
         state = saved
         restore(model, optimizer, names, tensors)
+        averages = [tensors["ema"][name].to(engine.device) for name in names.values()] if recipe.ema_decay else []
         if state["scaler"]:
             engine.scaler.load_state_dict(state["scaler"])
         say(f"going on from step {state['step']:,} of {recipe.total_steps:,}")
@@ -1126,7 +1198,10 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
 
     def save():
         if main:
-            save_checkpoint(run_dir, state["step"], checkpoint_tensors(model, optimizer, names),
+            tensors = checkpoint_tensors(model, optimizer, names)
+            if averages:
+                tensors["ema"] = {name: average.cpu() for name, average in zip(names.values(), averages)}
+            save_checkpoint(run_dir, state["step"], tensors,
                             {**state, "scaler": engine.scaler.state_dict(), "metrics_lines": len(metrics.rows),
                              "window": [float(window_loss), window_steps], "seconds": elapsed()}, recipe.save_total_limit)
 
@@ -1136,10 +1211,21 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
     stop = []                                         # filled by a signal; looked at between steps
     handlers = {number: signal.signal(number, lambda received, frame: stop.append(received))
                 for number in (signal.SIGTERM, signal.SIGINT)}        # on every process: torchrun passes SIGTERM to all
-    validation_ids, validation_bytes = store.validation()
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {engine.device} x {engine.world_size}, "
+    if hasattr(store, "evaluate"):
+        measure = store.evaluate
+    else:
+        validation_ids, validation_bytes = store.validation()
+
+        def measure(model, engine=None):
+            return evaluate(model, validation_ids, validation_bytes, block_size=recipe.block_size,
+                            batch_size=recipe.per_device_eval_batch_size, engine=engine)
+    step_tokens = getattr(store, "tokens_per_step", recipe.tokens_per_step)
+    all_tokens = min(recipe.total_steps * step_tokens, recipe.total_tokens)
+    trainable = sum(parameter.numel() for parameter in names)
+    say((f"{trainable:,} of " if start_weights else "")
+        + f"{sum(p.numel() for p in model.parameters()):,} parameters on {engine.device} x {engine.world_size}, "
         f"{engine.mixed_precision if engine.autocast_dtype else 'fp32'}; {recipe.total_steps:,} steps x "
-        f"{recipe.tokens_per_step:,} tokens; " + ", ".join(f"{k} {v}" for k, v in precision.items() if k != "notes"))
+        f"{step_tokens:,.0f} tokens; " + ", ".join(f"{k} {v}" for k, v in precision.items() if k != "notes"))
     for note in precision["notes"]:
         say(note)
 
@@ -1159,20 +1245,23 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
                 if step:
                     save()
                     last_save = time.monotonic()
-                result = evaluate(model, validation_ids, validation_bytes, block_size=recipe.block_size,
-                                  batch_size=recipe.per_device_eval_batch_size, engine=engine)
+                with weights_swapped(list(names), averages):
+                    result = measure(model, engine)
                 state["evaluated_step"] = step
                 best = step >= recipe.best_eval_start_step and (state["best_eval_loss"] is None
                                                                 or result["loss"] < state["best_eval_loss"])
                 if best:
                     state.update(best_eval_loss=result["loss"], best_step=step)
                 if main:
-                    metrics.add(kind="eval", step=step, tokens=min(step * recipe.tokens_per_step, recipe.total_tokens),
+                    extra = {key: value for key, value in result.items() if key not in
+                             ("loss", "perplexity", "bits_per_byte", "tokens")}
+                    metrics.add(kind="eval", step=step, tokens=min(round(step * step_tokens), all_tokens),
                                 epoch=store.epoch(step), loss=result["loss"], perplexity=result["perplexity"],
-                                bits_per_byte=result["bits_per_byte"], best=best, elapsed_seconds=elapsed())
+                                bits_per_byte=result["bits_per_byte"], best=best, elapsed_seconds=elapsed(), **extra)
                     metrics.write_curves(final_step=step if last else None)
                     if best and step:
-                        save_model_folder(model, tokenizer, run_dir / "best")
+                        with weights_swapped(list(names), averages):
+                            save_model_folder(model, tokenizer, run_dir / "best")
                     say(f"step {step:>6,} | eval loss {result['loss']:.4f} | perplexity {result['perplexity']:,.2f} | "
                         f"{result['bits_per_byte']:.4f} bits per byte" + (" | best so far" if best and step else ""))
             if last:
@@ -1195,6 +1284,8 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
             loss_scale = engine.scaler.get_scale()
             if finite:
                 engine.scaler.step(optimizer)
+                if averages:
+                    update_ema(averages, list(names), recipe.ema_decay, state["updates"])
                 state["updates"] += 1                 # a skipped step does not advance the schedule
             else:
                 state["skipped_steps"] += 1
@@ -1210,7 +1301,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
             window_tokens += batch["input_ids"].numel()
             window_time += time.monotonic() - began
             if step == first_step + 5:                # preflight: the first steps, measured
-                a_step = window_time * recipe.tokens_per_step / window_tokens
+                a_step = window_time * step_tokens / window_tokens
                 left = (recipe.total_steps - step) * a_step
                 say(f"preflight: {a_step:.2f} s a step, {engine.memory()}; about {duration(left)} to go")
                 if deadline_hours:
@@ -1221,11 +1312,11 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
                 mean = float(window_loss) / window_steps
                 rate = window_tokens / window_time
                 if main:
-                    metrics.add(kind="train", step=step, tokens=min(step * recipe.tokens_per_step, recipe.total_tokens),
+                    metrics.add(kind="train", step=step, tokens=min(round(step * step_tokens), all_tokens),
                                 epoch=store.epoch(step), loss=mean, learning_rate=learning_rate, grad_norm=float(grad_norm),
                                 loss_scale=loss_scale, skipped_steps=state["skipped_steps"], tokens_per_second=rate,
                                 wait_seconds=wait, elapsed_seconds=elapsed(), mixture=store.mixture(step - 1))
-                left = (recipe.total_steps - step) * recipe.tokens_per_step / rate
+                left = (recipe.total_steps - step) * step_tokens / rate
                 say(f"step {step:>6,}/{recipe.total_steps:,} | loss {mean:.4f} | lr {learning_rate:.2e} | "
                     f"{rate:,.0f} tokens/s | {duration(left)} left")
                 window_loss, window_steps = torch.zeros_like(window_loss), 0
@@ -1241,18 +1332,20 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
             signal.signal(number_, handler)
 
     summary = {"recipe": recipe.name, "parameters": sum(p.numel() for p in model.parameters()), "step": state["step"],
-               "steps": recipe.total_steps, "tokens": min(state["step"] * recipe.tokens_per_step, recipe.total_tokens),
+               "steps": recipe.total_steps, "tokens": min(round(state["step"] * step_tokens), all_tokens),
                "skipped_steps": state["skipped_steps"], "best_eval_loss": state["best_eval_loss"],
                "best_step": state["best_step"], "seconds": elapsed(), "device": str(engine.device),
                "processes": engine.world_size, "precision": {"autocast": engine.mixed_precision, **precision},
                "stopped": stopped}
+    if start_weights:
+        summary["trainable_parameters"] = trainable
     if main and not stopped:
-        save_model_folder(model, tokenizer, run_dir / "final")
+        with weights_swapped(list(names), averages):
+            save_model_folder(model, tokenizer, run_dir / "final")
         # What is reported is measured on what was saved, read back as anybody would.
         from transformers import AutoModelForCausalLM
         saved = AutoModelForCausalLM.from_pretrained(run_dir / "final").to(engine.device)
-        result = evaluate(saved, validation_ids, validation_bytes, block_size=recipe.block_size,
-                          batch_size=recipe.per_device_eval_batch_size)
+        result = measure(saved)
         rates = [row["tokens_per_second"] for row in metrics.rows if row["kind"] == "train"]
         summary |= {"eval_loss": result["loss"], "perplexity": result["perplexity"],
                     "bits_per_byte": result["bits_per_byte"], "eval_tokens": result["tokens"],
@@ -1281,11 +1374,25 @@ def stop_reason(engine: Engine, received: list, started: float, deadline_hours: 
     return {0: None, -1: "deadline"}.get(code) or (signal.Signals(code).name if code > 0 else None)
 
 
+def frozen(model) -> set[str]:
+    """Names in the state_dict of parameters that are not trained: a checkpoint leaves them out."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def weights_sha256(model) -> str:
+    """A hash of every parameter's name and bytes: what a run with a model given to it started from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def checkpoint_tensors(model, optimizer, names: dict) -> dict[str, dict[str, torch.Tensor]]:
-    """{"model": state_dict without the tied lm_head, "optimizer": "<parameter>.<moment>" tensors}, on the CPU."""
-    tied = model.config.tie_word_embeddings
-    weights = {key: value.cpu() for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")}
-    moments = {f"{names[parameter]}.{key}": value.cpu() for parameter, values in optimizer.state.items()
+    """{"model": state_dict without the tied lm_head and what is frozen, "optimizer": "<parameter>.<moment>"}, on the CPU."""
+    tied, left_out = model.config.tie_word_embeddings, frozen(model)
+    weights = {key: value.cpu() for key, value in model.state_dict().items()
+               if key not in left_out and not (tied and key == "lm_head.weight")}
+    moments = {f"{names[parameter]}.{key}": torch.as_tensor(value).cpu() for parameter, values in optimizer.state.items()
                for key, value in values.items()}
     return {"model": weights, "optimizer": moments}
 
@@ -1293,7 +1400,8 @@ def checkpoint_tensors(model, optimizer, names: dict) -> dict[str, dict[str, tor
 def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     """Put a checkpoint's tensors back; every key must be there."""
     missing, unexpected = model.load_state_dict(tensors["model"], strict=False)
-    missing = [key for key in missing if not (key == "lm_head.weight" and model.config.tie_word_embeddings)]
+    missing = [key for key in missing if not (key == "lm_head.weight" and model.config.tie_word_embeddings)
+               and key not in frozen(model)]
     if missing or unexpected:
         raise CheckpointError(f"the checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}.")
     by_name = {name: parameter for parameter, name in names.items()}
@@ -1301,6 +1409,8 @@ def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Te
         name, _, moment = key.rpartition(".")
         parameter = by_name[name]
         optimizer.state[parameter][moment] = value.clone() if moment == "step" else value.to(parameter.device).clone()
+        if moment == "step" and not isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[parameter][moment] = int(value)       # bitsandbytes counts in a Python int
 
 
 def duration(seconds: float) -> str:
