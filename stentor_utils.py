@@ -1074,9 +1074,8 @@ def evaluate(model, ids: np.ndarray, text_bytes: int, *, block_size: int, batch_
             targets[row, :len(part) - 1] = part[1:]
         part = {"ids": torch.from_numpy(tokens[:, :-1]), "target": torch.from_numpy(targets)}
         part = engine.to_device(part) if engine else {key: value.to(device) for key, value in part.items()}
-        logits = model(input_ids=part["ids"]).logits                                      # (b, block_size, vocab)
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), part["target"].flatten(), ignore_index=-100,
-                                      reduction="sum"))
+        losses.append(F.cross_entropy(model(input_ids=part["ids"]).logits.float().flatten(0, 1), part["target"].flatten(),
+                                      ignore_index=-100, reduction="sum"))
         if engine:
             engine.sync()
         count += int((targets != -100).sum())

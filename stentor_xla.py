@@ -146,7 +146,7 @@ class XlaEngine:
 
     def place(self, model):
         """The model on the devices, its linears in bf16 where the recipe has them so."""
-        if model.is_gradient_checkpointing or any(isinstance(m, su.Int8Linear) for m in model.modules()):
+        if getattr(model.model, "gradient_checkpointing", False) or any(isinstance(m, su.Int8Linear) for m in model.modules()):
             raise su.ParameterError(["gradient_checkpointing and int8_qat are not made for XLA; set both to False."])
         if self.autocast_dtype:
             layers = [layer for layer in model.model.layers if not isinstance(layer, su.FP32Layer)]
@@ -184,11 +184,12 @@ class XlaEngine:
 
     def begin(self, recipe, state: dict, say) -> None:
         self.recipe = recipe
+        # Of shape (1,), not (): XLA takes a scalar that happens to be 0 or 1 for a constant of the graph, and compiles again.
         table = [recipe.learning_rate_at(update) for update in range(recipe.total_steps + 1)]
         self.learning_rates = torch.tensor(table, dtype=torch.float32).to(self.device)
-        self.updates = torch.tensor(state["updates"], dtype=torch.int32).to(self.device)
-        self.window = torch.tensor(state["window"][0], dtype=torch.float32).to(self.device)
-        self.grad_norm, self.learning_rate = (torch.zeros(()).to(self.device) for _ in range(2))
+        self.updates = torch.tensor([state["updates"]], dtype=torch.int32).to(self.device)
+        self.window = torch.tensor([state["window"][0]], dtype=torch.float32).to(self.device)
+        self.grad_norm, self.learning_rate = (torch.zeros(1).to(self.device) for _ in range(2))
         self.done = state["updates"] + state["skipped_steps"]
         self.say, self.skipped = say, state["skipped_steps"]
 
@@ -211,9 +212,10 @@ class XlaEngine:
         labels = F.pad(batch["labels"].int(), (0, 0, 0, rows - given), value=-100)
         ids = F.pad(batch["input_ids"].int(), (0, 0, 0, rows - given))
         spec = xs.ShardingSpec(self.mesh, ("data", None))
-        count = (labels[:, 1:] != -100).sum().float()
+        count = (labels[:, 1:] != -100).sum().float()[None]
         ids, labels = xm.send_cpu_data_to_device([ids, labels], self.device, input_sharding=spec)
-        return {"input_ids": ids, "labels": labels, "count": count.to(self.device)}
+        count, = xm.send_cpu_data_to_device([count], self.device)
+        return {"input_ids": ids, "labels": labels, "count": count}
 
     def feed(self, store, step: int) -> dict:
         """The batch of this step, on the devices already; the next one is read and sent while this one trains."""
@@ -226,20 +228,26 @@ class XlaEngine:
 
     def step(self, model, optimizer, batch: dict, per_device: int) -> bool | None:
         """One optimiser step, as one graph; started, not waited for. Whether it was skipped is not known yet: None."""
+        self._describe_step(model, optimizer, batch, per_device)
+        torch_xla.sync()
+        self.done += 1
+
+    def _describe_step(self, model, optimizer, batch: dict, per_device: int) -> None:
+        """The graph of a step. A function of its own: every tensor alive at the sync would be a result to keep in memory."""
         ids, labels = batch["input_ids"].long(), batch["labels"].long()
         parts = len(ids) // (per_device * self.devices)
         loss = 0.0
         for part in range(parts):                     # every parts-th row: so each device keeps the rows it has
-            part_loss = model(input_ids=ids[part::parts], labels=labels[part::parts], num_items_in_batch=batch["count"]).loss
+            part_loss = model(input_ids=ids[part::parts], labels=labels[part::parts], num_items_in_batch=batch["count"][0]).loss
             part_loss.backward()
             loss = loss + part_loss.detach()
         with torch.no_grad():
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.max_grad_norm)
             finite = torch.isfinite(grad_norm)
-            self.learning_rate = self.learning_rates[self.updates.clamp(max=len(self.learning_rates) - 1).long()]
+            self.learning_rate = self.learning_rates.index_select(0, self.updates.clamp(max=len(self.learning_rates) - 1))
             tensors = []
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate
+                group["lr"] = self.learning_rate[0]
                 tensors += [t for p in group["params"] for t in (p, *optimizer.state[p].values())]
             before = [t.clone() for t in tensors]
             optimizer.step()
@@ -249,8 +257,6 @@ class XlaEngine:
             self.window = self.window + loss
             self.grad_norm = grad_norm
         optimizer.zero_grad(set_to_none=True)
-        torch_xla.sync()
-        self.done += 1
 
     def read(self) -> dict:
         """Counters and the log's figures; waits for the device."""
@@ -263,11 +269,11 @@ class XlaEngine:
                 "grad_norm": float(self.grad_norm.cpu()), "learning_rate": float(self.learning_rate.cpu()), "loss_scale": 1.0}
 
     def clear_window(self) -> None:
-        self.window = torch.zeros(()).to(self.device)
+        self.window = torch.zeros(1).to(self.device)
 
     def counters(self) -> dict[str, int]:
         """Graphs compiled and executed so far, for the log: after warm-up the first must stand still."""
-        compiled, executed = met.metric_data("CompileTime"), met.metric_data("ExecuteTime")
+        compiled, executed = met.metric_data("CompileTime"), met.metric_data("ExecuteReplicatedTime")
         return {"compilations": compiled[0] if compiled else 0, "executions": executed[0] if executed else 0}
 
     # evaluation and the rest
