@@ -1041,8 +1041,9 @@ class Engine:
 
 
 def find_engine(mixed_precision: str, cache_dir=None):
-    """XLA where the environment names its device (PJRT_DEVICE; `launch` sets it or takes it out), else the CPU or CUDA."""
-    if not os.environ.get("PJRT_DEVICE"):
+    """XLA where the environment says STENTOR_ENGINE=xla, as `launch` does, else the CPU or CUDA. (PJRT_DEVICE alone says
+    nothing: importing torch_xla sets it.)"""
+    if os.environ.get("STENTOR_ENGINE") != "xla":
         return Engine(mixed_precision)
     from stentor_xla import XlaEngine
     return XlaEngine(mixed_precision, cache_dir)
@@ -1074,8 +1075,8 @@ def evaluate(model, ids: np.ndarray, text_bytes: int, *, block_size: int, batch_
             targets[row, :len(part) - 1] = part[1:]
         part = {"ids": torch.from_numpy(tokens[:, :-1]), "target": torch.from_numpy(targets)}
         part = engine.to_device(part) if engine else {key: value.to(device) for key, value in part.items()}
-        losses.append(F.cross_entropy(model(input_ids=part["ids"]).logits.float().flatten(0, 1), part["target"].flatten(),
-                                      ignore_index=-100, reduction="sum"))
+        losses.append(F.cross_entropy(model(input_ids=part["ids"], use_cache=False).logits.float().flatten(0, 1),
+                                      part["target"].flatten(), ignore_index=-100, reduction="sum"))
         if engine:
             engine.sync()
         count += int((targets != -100).sum())
@@ -1467,9 +1468,9 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     t4_link = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"} if num_processes > 1 else {}   # T4s have no peer access
     env = {**PROCESS_ENVIRONMENT, **t4_link, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
-    env.pop("PJRT_DEVICE", None)                      # Kaggle's TPU image sets it for every process
-    if xla:
-        env |= {"PJRT_DEVICE": xla, **({"CPU_NUM_DEVICES": os.environ.get("CPU_NUM_DEVICES", "8")} if xla == "CPU" else {})}
+    if xla:                                           # TF_CPP...: XLA's compiler warns at length, of nothing we can change
+        virtual = {"CPU_NUM_DEVICES": os.environ.get("CPU_NUM_DEVICES", "8")} if xla == "CPU" else {}
+        env |= {"STENTOR_ENGINE": "xla", "PJRT_DEVICE": xla, "TF_CPP_MIN_LOG_LEVEL": "2", **virtual}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors="replace", start_new_session=True)
     tail = []

@@ -245,9 +245,9 @@ class XlaEngine:
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.max_grad_norm)
             finite = torch.isfinite(grad_norm)
             self.learning_rate = self.learning_rates.index_select(0, self.updates.clamp(max=len(self.learning_rates) - 1))
-            tensors = []
+            tensors, rate = [], self.learning_rate[0].clamp(min=1e-20)    # at 0, torch's capturable AdamW divides 0 by 0
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate[0]
+                group["lr"] = rate
                 tensors += [t for p in group["params"] for t in (p, *optimizer.state[p].values())]
             before = [t.clone() for t in tensors]
             optimizer.step()
