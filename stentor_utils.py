@@ -998,6 +998,8 @@ class Engine:
     fp16 with dynamic loss scaling is for GPUs below compute capability 8 (a T4 only emulates bf16); from 8 up, bf16.
     """
 
+    static_shapes = False                             # whether a batch of another shape costs a compilation
+
     def __init__(self, mixed_precision: str):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1:
@@ -1015,6 +1017,21 @@ class Engine:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def attention(self, name: str) -> str:
+        """The attention implementation to build the model with where the recipe says `name`."""
+        return name
+
+    def place(self, model):
+        """The model on the device."""
+        return model.to(self.device)
+
+    def on_cpu(self, model):
+        """The model as save_pretrained can take it."""
+        return model
+
+    def optimizer(self, model, recipe: Recipe, say=print):
+        return make_optimizer(recipe, parameter_groups(model, recipe.weight_decay), self.device, say)
 
     def prepare(self, model):
         """The model to call in the loop: the chunked loss; DistributedDataParallel when there are several processes."""
@@ -1043,6 +1060,66 @@ class Engine:
     def to_device(self, batch: dict) -> dict:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
+    # The loop's own steps. An engine may run behind the host: the loop asks `read` for figures only where it needs them.
+
+    def begin(self, recipe: Recipe, state: dict, say) -> None:
+        """Take over the counters of a run that begins or goes on."""
+        self.recipe, self.updates, self.skipped = recipe, state["updates"], state["skipped_steps"]
+        self.window = torch.tensor(state["window"][0], device=self.device)       # summed loss since the log's last line
+        self.grad_norm = self.learning_rate = self.loss_scale = 0.0
+
+    def micro_batch(self, model, batch: dict, per_device: int, say) -> int:
+        """Sequences that one device takes at a time."""
+        return fit_micro_batch(model, batch, self, per_device, say)
+
+    def feed(self, store, step: int) -> dict:
+        """The global batch of this step."""
+        return store.batch(step)
+
+    def step(self, model, optimizer, batch: dict, per_device: int) -> bool | None:
+        """One optimiser step over the global batch; whether it was done (False: its gradient was not finite)."""
+        loss = accumulate_gradients(model, batch, self, per_device)
+        self.scaler.unscale_(optimizer)
+        self.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.max_grad_norm)
+        self.learning_rate = self.recipe.learning_rate_at(self.updates)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        finite = bool(torch.isfinite(self.grad_norm))
+        self.loss_scale = self.scaler.get_scale()
+        if finite:
+            self.scaler.step(optimizer)
+            self.updates += 1                         # a skipped step does not advance the schedule
+        else:
+            self.skipped += 1
+        if self.scaler.is_enabled():
+            self.scaler.update()                      # halves the scale after an overflow, doubles it after 2,000 good steps
+        optimizer.zero_grad(set_to_none=True)
+        self.window = self.window + self.sum_tensor(loss)
+        return finite
+
+    def read(self) -> dict:
+        """The counters, and the figures of the last step; waits for the device."""
+        return {"updates": self.updates, "skipped_steps": self.skipped, "window_loss": float(self.window),
+                "grad_norm": float(self.grad_norm), "learning_rate": self.learning_rate, "loss_scale": self.loss_scale}
+
+    def clear_window(self) -> None:
+        self.window = torch.zeros_like(self.window)
+
+    def counters(self) -> dict[str, int]:
+        """More columns for the log: what only this kind of device has."""
+        return {}
+
+    def eval_batch_size(self, batch_size: int) -> int:
+        return batch_size
+
+    def sync(self) -> None:
+        """Start what has been asked for, where the device is lazy."""
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def memory(self) -> str:
         """Peak memory of this process, for the log."""
         if self.device.type == "cuda":
@@ -1055,6 +1132,15 @@ class Engine:
             torch.distributed.destroy_process_group()
 
 
+def find_engine(mixed_precision: str, cache_dir=None):
+    """XLA where the environment says STENTOR_ENGINE=xla, as `launch` does, else the CPU or CUDA. (PJRT_DEVICE alone says
+    nothing: importing torch_xla sets it.)"""
+    if os.environ.get("STENTOR_ENGINE") != "xla":
+        return Engine(mixed_precision)
+    from stentor_xla import XlaEngine
+    return XlaEngine(mixed_precision, cache_dir)
+
+
 @torch.no_grad()
 def evaluate(model, ids: np.ndarray, text_bytes: int, *, block_size: int, batch_size: int, engine: Engine | None = None
              ) -> dict[str, float]:
@@ -1065,23 +1151,28 @@ def evaluate(model, ids: np.ndarray, text_bytes: int, *, block_size: int, batch_
     """
     rank, world_size = (engine.rank, engine.world_size) if engine else (0, 1)
     device = next(model.parameters()).device
+    batch_size = engine.eval_batch_size(batch_size) if engine else batch_size
     windows = list(range(0, len(ids) - 1, block_size))[rank::world_size]
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    losses, count = [], 0
     for i in range(0, len(windows), batch_size):
         chunk = windows[i:i + batch_size]
-        tokens = np.zeros((len(chunk), block_size + 1), np.int64)
-        targets = np.full((len(chunk), block_size), -100, np.int64)
+        height = batch_size if engine and engine.static_shapes else len(chunk)
+        tokens = np.zeros((height, block_size + 1), np.int64)
+        targets = np.full((height, block_size), -100, np.int64)
         for row, start in enumerate(chunk):
             part = ids[start:start + block_size + 1]
             tokens[row, :len(part)] = part
             targets[row, :len(part) - 1] = part[1:]
-        logits = model(input_ids=torch.from_numpy(tokens[:, :-1]).to(device)).logits      # (b, block_size, vocab)
-        target = torch.from_numpy(targets).to(device)
-        total += F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-100,
-                                 reduction="sum").double().item()
+        part = {"ids": torch.from_numpy(tokens[:, :-1]), "target": torch.from_numpy(targets)}
+        part = engine.to_device(part) if engine else {key: value.to(device) for key, value in part.items()}
+        losses.append(F.cross_entropy(model(input_ids=part["ids"], use_cache=False).logits.float().flatten(0, 1),
+                                      part["target"].flatten(), ignore_index=-100, reduction="sum"))
+        if engine:
+            engine.sync()
         count += int((targets != -100).sum())
+    total = sum(loss.double().item() for loss in [value.cpu() for value in losses])
     model.train(was_training)
     if engine:
         total, count = engine.sum(total, count)
@@ -1212,7 +1303,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    engine = Engine(recipe.mixed_precision)
+    engine = find_engine(recipe.mixed_precision, run_dir / "xla-cache")
     main = engine.rank == 0
     say = say or (lambda text: print(text, flush=True))
     say = say if main else (lambda text: None)
@@ -1226,7 +1317,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     start_weights, precision = {}, {"notes": []}
     if model is None:
         model = build_model(recipe.shape, recipe.seed, initialization=recipe.initialization,
-                            attn_implementation=recipe.attn_implementation, **special)
+                            attn_implementation=engine.attention(recipe.attn_implementation), **special)
         precision = apply_precision_recipe(
             model, fp32_norms=recipe.fp32_norms, fp32_critical_layers=recipe.fp32_critical_layers,
             fp32_softmax=recipe.fp32_softmax, int8_qat=recipe.int8_qat)
@@ -1234,9 +1325,11 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
         start_weights = {"start_weights": weights_sha256(model)}
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.to(engine.device).train()
-    optimizer = make_optimizer(recipe, parameter_groups(model, recipe.weight_decay), engine.device, say)
+    model = engine.place(model).train()
+    optimizer = engine.optimizer(model, recipe, say)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if recipe.ema_decay and engine.static_shapes:
+        raise ParameterError([f"ema_decay = {recipe.ema_decay} is not for XLA: set it to None, or use a GPU or the CPU."])
     averages = [parameter.detach().clone() for parameter in names] if recipe.ema_decay else []
     parallel = engine.prepare(model)
 
@@ -1259,15 +1352,18 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
             engine.scaler.load_state_dict(state["scaler"])
         say(f"going on from step {state['step']:,} of {recipe.total_steps:,}")
     metrics = Metrics(run_dir, state["metrics_lines"]) if main else None
+    engine.begin(recipe, state, say)
 
     def save():
+        progress = engine.read()
+        state.update({key: progress[key] for key in ("updates", "skipped_steps")})
         if main:
             tensors = checkpoint_tensors(model, optimizer, names)
             if averages:
                 tensors["ema"] = {name: average.cpu() for name, average in zip(names.values(), averages)}
             save_checkpoint(run_dir, state["step"], tensors,
                             {**state, "scaler": engine.scaler.state_dict(), "metrics_lines": len(metrics.rows),
-                             "window": [float(window_loss), window_steps], "seconds": elapsed()}, recipe.save_total_limit)
+                             "window": [progress["window_loss"], window_steps], "seconds": elapsed()}, recipe.save_total_limit)
 
     def elapsed():
         return state["seconds"] + time.monotonic() - started
@@ -1293,12 +1389,11 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     for note in precision["notes"]:
         say(note)
 
-    per_device = fit_micro_batch(parallel, store.batch(min(state["step"], recipe.total_steps - 1)), engine,
-                                 recipe.per_device_train_batch_size, say)
+    per_device = engine.micro_batch(parallel, store.batch(min(state["step"], recipe.total_steps - 1)),
+                                    recipe.per_device_train_batch_size, say)
     first_step, last_save, slowest_save = state["step"], time.monotonic(), 1.0
-    # since the last line of the log: the loss (in the checkpoint, so that a resumed log is the same), and the clocks
-    window_loss, window_steps = torch.tensor(state["window"][0], device=engine.device), state["window"][1]
-    window_time, window_tokens, wait, stopped = 0.0, 0, 0.0, None
+    # since the last line of the log: the steps (in the checkpoint, so that a resumed log is the same), and the clocks
+    window_steps, window_time, window_tokens, wait, stopped = state["window"][1], 0.0, 0, 0.0, None
     try:
         while True:
             step = state["step"]
@@ -1325,7 +1420,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
                     metrics.write_curves(final_step=step if last else None)
                     if best and step:
                         with weights_swapped(list(names), averages):
-                            save_model_folder(model, tokenizer, run_dir / "best")
+                            save_model_folder(engine.on_cpu(model), tokenizer, run_dir / "best")
                     say(f"step {step:>6,} | eval loss {result['loss']:.4f} | perplexity {result['perplexity']:,.2f} | "
                         f"{result['bits_per_byte']:.4f} bits per byte" + (" | best so far" if best and step else ""))
             if last:
@@ -1335,37 +1430,27 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
 
             # One optimiser step over the global batch. What it draws at random is a function of (seed, step, rank).
             began = time.monotonic()
-            batch = store.batch(step)
+            batch = engine.feed(store, step)
             wait += time.monotonic() - began
             torch.manual_seed((recipe.seed << 32) + step * 1024 + engine.rank)
-            loss = accumulate_gradients(parallel, batch, engine, per_device)
-            engine.scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            learning_rate = recipe.learning_rate_at(state["updates"])
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            finite = bool(torch.isfinite(grad_norm))
-            loss_scale = engine.scaler.get_scale()
-            if finite:
-                engine.scaler.step(optimizer)
-                if averages:
-                    update_ema(averages, list(names), recipe.ema_decay, state["updates"])
-                state["updates"] += 1                 # a skipped step does not advance the schedule
-            else:
-                state["skipped_steps"] += 1
+            done = engine.step(parallel, optimizer, batch, per_device)
+            if done and averages:
+                update_ema(averages, list(names), recipe.ema_decay, engine.updates - 1)
+            if done is False:
                 say(f"step {step + 1:>6,} | gradient is not finite: step skipped"
-                    + (f", loss scale {loss_scale:,.0f}" if engine.scaler.is_enabled() else ""))
-            if engine.scaler.is_enabled():
-                engine.scaler.update()                # halves the scale after an overflow, doubles it after 2,000 good steps
-            optimizer.zero_grad(set_to_none=True)
+                    + (f", loss scale {engine.loss_scale:,.0f}" if engine.scaler.is_enabled() else ""))
             state["step"] = step = step + 1
 
             # the log
-            window_loss, window_steps = window_loss + engine.sum_tensor(loss), window_steps + 1
-            window_tokens += batch["input_ids"].numel()
+            window_steps += 1
+            window_tokens += min(step * step_tokens, all_tokens) - (step - 1) * step_tokens
             window_time += time.monotonic() - began
+            if step == first_step + 2:                # what is compiled is compiled by now
+                engine.wait()
+                warm = time.monotonic()
             if step == first_step + 5:                # preflight: the first steps, measured
-                a_step = window_time * step_tokens / window_tokens
+                engine.wait()
+                a_step = (time.monotonic() - warm) / 3
                 left = (recipe.total_steps - step) * a_step
                 say(f"preflight: {a_step:.2f} s a step, {engine.memory()}; about {duration(left)} to go")
                 if deadline_hours:
@@ -1373,18 +1458,21 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
                     say(f"the session's deadline is in {duration(until)}: " + (
                         "the run fits" if left < until else "the run will be saved then; run it again to go on"))
             if step % recipe.logging_steps == 0 or step == recipe.total_steps:
-                mean = float(window_loss) / window_steps
-                rate = window_tokens / window_time
+                began = time.monotonic()
+                progress = engine.read()
+                window_time += time.monotonic() - began
+                mean, rate = progress["window_loss"] / window_steps, window_tokens / window_time
                 if main:
                     metrics.add(kind="train", step=step, tokens=min(round(step * step_tokens), all_tokens),
-                                epoch=store.epoch(step), loss=mean, learning_rate=learning_rate, grad_norm=float(grad_norm),
-                                loss_scale=loss_scale, skipped_steps=state["skipped_steps"], tokens_per_second=rate,
-                                wait_seconds=wait, elapsed_seconds=elapsed(), mixture=store.mixture(step - 1))
+                                epoch=store.epoch(step), loss=mean, learning_rate=progress["learning_rate"],
+                                grad_norm=progress["grad_norm"], loss_scale=progress["loss_scale"],
+                                skipped_steps=progress["skipped_steps"], tokens_per_second=rate, wait_seconds=wait,
+                                elapsed_seconds=elapsed(), mixture=store.mixture(step - 1), **engine.counters())
                 left = (recipe.total_steps - step) * step_tokens / rate
-                say(f"step {step:>6,}/{recipe.total_steps:,} | loss {mean:.4f} | lr {learning_rate:.2e} | "
+                say(f"step {step:>6,}/{recipe.total_steps:,} | loss {mean:.4f} | lr {progress['learning_rate']:.2e} | "
                     f"{rate:,.0f} tokens/s | {duration(left)} left")
-                window_loss, window_steps = torch.zeros_like(window_loss), 0
-                window_time, window_tokens, wait = 0.0, 0, 0.0
+                engine.clear_window()
+                window_steps, window_time, window_tokens, wait = 0, 0.0, 0, 0.0
             if time.monotonic() - last_save > 60 * recipe.save_every_minutes:
                 began = time.monotonic()
                 save()
@@ -1400,16 +1488,17 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
                "skipped_steps": state["skipped_steps"], "best_eval_loss": state["best_eval_loss"],
                "best_step": state["best_step"], "seconds": elapsed(), "device": str(engine.device),
                "processes": engine.world_size, "precision": {"autocast": engine.mixed_precision, **precision},
-               "stopped": stopped}
+               "stopped": stopped, **engine.counters()}
     if start_weights:
         summary["trainable_parameters"] = trainable
     if main and not stopped:
         with weights_swapped(list(names), averages):
-            save_model_folder(model, tokenizer, run_dir / "final")
+            save_model_folder(engine.on_cpu(model), tokenizer, run_dir / "final")
         # What is reported is measured on what was saved, read back as anybody would.
         from transformers import AutoModelForCausalLM
-        saved = AutoModelForCausalLM.from_pretrained(run_dir / "final").to(engine.device)
-        result = measure(saved)
+        saved = engine.place(AutoModelForCausalLM.from_pretrained(run_dir / "final",
+                                                                  attn_implementation=engine.attention("sdpa")))
+        result = measure(saved, engine if engine.world_size == 1 else None)
         rates = [row["tokens_per_second"] for row in metrics.rows if row["kind"] == "train"]
         summary |= {"eval_loss": result["loss"], "perplexity": result["perplexity"],
                     "bits_per_byte": result["bits_per_byte"], "eval_tokens": result["tokens"],
@@ -1472,7 +1561,8 @@ def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Te
     for key, value in tensors["optimizer"].items():
         name, _, moment = key.rpartition(".")
         parameter = by_name[name]
-        optimizer.state[parameter][moment] = value.clone() if moment == "step" else value.to(parameter.device).clone()
+        on_host = moment == "step" and not optimizer.defaults.get("capturable")
+        optimizer.state[parameter][moment] = value.clone() if on_host else value.clone().to(parameter.device)
         if moment == "step" and not isinstance(optimizer, torch.optim.AdamW):
             optimizer.state[parameter][moment] = int(value)       # bitsandbytes counts in a Python int
 
@@ -1531,10 +1621,11 @@ class TrainingFailed(RuntimeError):
 
 
 def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: int | None = None,
-           deadline_hours: float | None = None, say=None) -> dict:
+           deadline_hours: float | None = None, xla: str | None = None, say=None) -> dict:
     """Write run.json and environment.json, train in a process of its own (several with torchrun), show its log here.
 
-    num_processes: default one a GPU, or 1 on the CPU. Stopping the notebook's cell stops the training after its step,
+    num_processes: default one a GPU, or 1 on the CPU. xla: "TPU", or "CPU" for 8 virtual devices (CPU_NUM_DEVICES); one
+    process serves them all, with PJRT_DEVICE set for it. Stopping the notebook's cell stops the training after its step,
     saved. Returns summary.json's content; raises TrainingFailed with the last lines of the log.
     """
     say = say or (lambda text: print(text, flush=True))
@@ -1544,7 +1635,7 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
         "recipe": recipe.to_dict(), "store": os.path.relpath(store_dir, run_dir),
         "tokenizer": os.path.relpath(tokenizer_dir, run_dir), "deadline_hours": deadline_hours}, indent=1))
     write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
-    num_processes = num_processes or max(1, torch.cuda.device_count())
+    num_processes = 1 if xla else num_processes or max(1, torch.cuda.device_count())
     here = str(Path(__file__).resolve().parent)
     command = [sys.executable, "-m", "stentor_utils", "train", str(run_dir / "run.json")]
     if num_processes > 1:
@@ -1555,6 +1646,9 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     t4_link = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"} if num_processes > 1 else {}   # T4s have no peer access
     env = {**PROCESS_ENVIRONMENT, **t4_link, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    if xla:                                           # TF_CPP...: XLA's compiler warns at length, of nothing we can change
+        virtual = {"CPU_NUM_DEVICES": os.environ.get("CPU_NUM_DEVICES", "8")} if xla == "CPU" else {}
+        env |= {"STENTOR_ENGINE": "xla", "PJRT_DEVICE": xla, "TF_CPP_MIN_LOG_LEVEL": "2", **virtual}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors="replace", start_new_session=True)
     tail = []
@@ -1601,7 +1695,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # All is written and every process is here (Engine.close). One process of two once aborted (SIGABRT, in CI), most
-        # likely in the teardown of its communication threads; more than 100 tries did not show it again. Leave without that teardown.
+        # likely in the teardown of its communication threads; more than 100 tries did not show it again. Leave without.
         sys.stdout.flush()
         os._exit(0)
     return 0
