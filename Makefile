@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 06_charts
+NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 05_benchmark 06_charts
 
 .PHONY: run test bench results lint clean
 .DELETE_ON_ERROR:

@@ -51,6 +51,11 @@ BLOCKS = {
     "blimp": ("BLiMP", ("blimp",), 0),
 }
 
+# Those of its peers that are on the hub under a name the card's table makes plain.
+PEERS = {"DistilGPT2": "hf:distilbert/distilgpt2", "Pythia-14M": "hf:EleutherAI/pythia-14m",
+         "Pythia-31M": "hf:EleutherAI/pythia-31m", "Pythia-70M": "hf:EleutherAI/pythia-70m",
+         "TinyStories-33M": "hf:roneneldan/TinyStories-33M"}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a score is.
 
@@ -617,7 +622,8 @@ def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
     result = {"version": str(task.VERSION), "num_fewshot": task.config.num_fewshot, "n": len(samples),
               "output_type": task.OUTPUT_TYPE, "metrics": {name: scores[name] for name in names},
               "chance": None, **lm.counts.get(task.config.task, {}),
-              "phenomenon": samples[0]["doc"].get("linguistics_term"), "doc_ids": [sample["doc_id"] for sample in samples], "items": items}
+              "phenomenon": samples[0]["doc"].get("linguistics_term"),
+              "doc_ids": [sample["doc_id"] for sample in samples], "items": items}
     if task.OUTPUT_TYPE == "multiple_choice":
         result["chance"] = float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
         result["loglikelihoods"] = [[answer[0] for answer in sample["filtered_resps"]] for sample in samples]
@@ -738,7 +744,13 @@ def item_texts(task) -> list[list[str]]:
     return list(items.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def model_problem(path: str) -> str | None:
+    """What is wrong with `path` as a model folder; None for a hub id ("hf:owner/name", or owner/name that is no folder)."""
+    folder = Path(path)
+    if str(path).startswith("hf:") or (not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))):
+        return None
+    if not (folder / "config.json").is_file():
+        return "is not a model folder (no config.json); run 02 first, or name a folder or a hub id"
 
 
 def load_model(path: str, dtype: str, device: torch.device):
@@ -754,9 +766,9 @@ def load_model(path: str, dtype: str, device: torch.device):
     return model, tokenizer
 
 
-def contamination_report(store: str, texts: dict, folder: Path, say) -> None:
+def contamination_report(store: dict, texts: dict, folder: Path, say) -> None:
     """Write contamination.json, unless it is there for these very items and this store."""
-    store_dir = Path(store)
+    store_dir = Path(store["path"])
     digest = hashlib.sha256(json.dumps([PROTOCOL, NGRAM, SHORT, texts]).encode("utf-8", "surrogatepass"))
     digest.update((store_dir / "manifest.json").read_bytes())
     key, target = digest.hexdigest(), folder / "contamination.json"
@@ -764,7 +776,7 @@ def contamination_report(store: str, texts: dict, folder: Path, say) -> None:
         if json.loads(target.read_text())["key"] == key:
             return
     began = time.monotonic()
-    tasks = contamination(texts, store_dir, su.load_tokenizer(store_dir.parent / "tokenizer"))
+    tasks = contamination(texts, store_dir, su.load_tokenizer(store["tokenizer"]))
     su.write_atomically(target, json.dumps({"key": key, "ngram": NGRAM, "tasks": tasks}, indent=1))
     say(f"contamination | {sum(map(len, texts.values())):,} items against the token store in "
         f"{su.duration(time.monotonic() - began)}")
@@ -774,7 +786,7 @@ def run(config: dict, folder: Path, say=print) -> dict:
     """Score every model on every block of `config`; what is done is not done again. Returns run_summary.json's content.
 
     config: {"models": {name: path}, "blocks": {name: {"title", "tasks" | "local", "num_fewshot"}}, "limit", "seed", "dtype",
-    "store": a token store to look for the items in, its tokenizer beside it, or None}.
+    "store": {"path", "tokenizer"} of a token store to look for the items in, or None}.
     Writes <folder>/<model>/<block>.json as each is done and <folder>/run_summary.json after each; a block that fails is
     written down as failed and the next one begins. With torchrun every process computes its part of each block's
     requests; they meet in the cache, and process 0 writes.
