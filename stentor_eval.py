@@ -785,7 +785,8 @@ def contamination_report(store: dict, texts: dict, folder: Path, say) -> None:
 def run(config: dict, folder: Path, say=print) -> dict:
     """Score every model on every block of `config`; what is done is not done again. Returns run_summary.json's content.
 
-    config: {"models": {name: path}, "blocks": {name: {"title", "tasks" | "local", "num_fewshot"}}, "limit", "seed", "dtype",
+    config: {"models": {name: path}, "blocks": {name: {"title", "tasks" | "local", "num_fewshot"}}, "dtype", and if
+    need be "limit", "seed", "tokens_per_batch",
     "store": {"path", "tokenizer"} of a token store to look for the items in, or None}.
     Writes <folder>/<model>/<block>.json as each is done and <folder>/run_summary.json after each; a block that fails is
     written down as failed and the next one begins. With torchrun every process computes its part of each block's
@@ -802,12 +803,16 @@ def run(config: dict, folder: Path, say=print) -> dict:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    if rank:
+        barrier()                                     # process 0 makes the file: only one may switch a new one to WAL
     cache = Cache(folder / "cache.sqlite")
+    if not rank:
+        barrier()
     summary, texts = {"models": {}}, {}
     for name, path in config["models"].items():
         model, tokenizer = load_model(path, config["dtype"], device)
         lm = StentorLM(model, tokenizer, cache=cache, rank=rank, world_size=world_size, barrier=barrier,
-                       say=say if rank == 0 else None)
+                       tokens_per_batch=config.get("tokens_per_batch"), say=say if rank == 0 else None)
         entry = summary["models"][name] = {
             "path": path, "fingerprint": lm.fingerprint, "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": config["dtype"], "prefix_token": tokenizer.convert_ids_to_tokens(lm.prefix_token_id),
@@ -879,18 +884,21 @@ def launch(config: dict, folder, *, num_processes: int | None = None, say=None) 
            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                errors="replace", start_new_session=True)
-    tail = []
+    tail, errors = [], []
     try:
         for line in process.stdout:
             say(line.rstrip("\n"))
-            tail = (tail + [line])[-30:]
+            tail = (tail + [line])[-15:]
+            if re.match(r"(\[rank\d+\]: ?)?[\w.]+(Error|Exception)\b", line):
+                errors.append(line)                   # torchrun buries it under its own report
         code = process.wait()
     except BaseException:                             # the stop button: the cache holds every batch that is done
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
     if code:
-        raise EvaluationFailed(f"the evaluation ended with exit code {code}. Its last lines:\n" + "".join(tail[-15:]))
+        raise EvaluationFailed(f"the evaluation ended with exit code {code}. "
+                               + "".join(errors[-3:] or ["Its last lines:\n", *tail]))
     return json.loads((folder / "run_summary.json").read_text())
 
 
