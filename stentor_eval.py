@@ -679,7 +679,7 @@ def store_texts(store_dir, tokenizer, chunk_tokens: int = 1 << 20):
             for start in range(0, len(tokens), chunk_tokens):
                 ids = np.concatenate([carry, tokens[start:start + chunk_tokens].astype(np.int64)])
                 ends = np.flatnonzero(ids == eos)
-                cut = int(ends[-1]) + 1 if len(ends) else len(ids) if len(ids) > 8 * chunk_tokens else 0
+                cut = int(ends[-1]) + 1 if len(ends) else 0      # the longest document is what memory must hold
                 carry = ids[cut:]
                 yield "\n\x00\n".join(decode(part[part != eos]) for part in np.split(ids[:cut], ends + 1) if len(part))
         yield decode(carry)
