@@ -1,4 +1,4 @@
-# make run                         tokenizer -> pretraining -> charts on this CPU, offline (RUN=demo)
+# make run                         tokenizer -> pretraining -> benchmark -> charts on this CPU, offline (RUN=demo)
 # make run RUN=mine TOKEN_BUDGET=1000000 RECIPE=stentor3-20m      any parameter of the notebooks
 # make test                        what CI runs
 SHELL := /bin/bash

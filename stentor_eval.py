@@ -628,6 +628,9 @@ def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
         result["chance"] = float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
         result["loglikelihoods"] = [[answer[0] for answer in sample["filtered_resps"]] for sample in samples]
         golds = [task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"] for sample in samples]
+        if all(isinstance(gold, str) for gold in golds):          # CommonsenseQA names the letter
+            choices = [task.doc_to_choice(sample["doc"]) for sample in samples]
+            golds = [have.index(gold) if gold in have else None for gold, have in zip(golds, choices)]
         if all(isinstance(gold, int) for gold in golds):
             pairs = [sample["arguments"][gold] for sample, gold in zip(samples, golds)]
             nats = -sum(lls[gold] for lls, gold in zip(result["loglikelihoods"], golds))
@@ -758,9 +761,14 @@ def load_model(path: str, dtype: str, device: torch.device):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
-    tokenizer = su.load_tokenizer(path)
-    kwargs = {"dtype": getattr(torch, dtype)}
-    model = AutoModelForCausalLM.from_pretrained(str(path).removeprefix("hf:"), **kwargs).to(device).eval()
+    name = str(path).removeprefix("hf:")
+    if Path(name).is_dir():
+        tokenizer = su.load_tokenizer(name)
+    else:                                             # a hub id; one of ours has its vocabulary file there
+        from huggingface_hub import snapshot_download
+        files = Path(snapshot_download(name, allow_patterns=["tokenmonster.vocab", "*token*.json", "config.json"]))
+        tokenizer = su.load_tokenizer(files if (files / "tokenmonster.vocab").is_file() else name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -810,7 +818,14 @@ def run(config: dict, folder: Path, say=print) -> dict:
         barrier()
     summary, texts = {"models": {}}, {}
     for name, path in config["models"].items():
-        model, tokenizer = load_model(path, config["dtype"], device)
+        try:
+            model, tokenizer = load_model(path, config["dtype"], device)
+        except Exception as error:                    # a peer that the hub does not give must not cost the model
+            if not summary["models"]:
+                raise
+            summary["models"][name] = {"path": path, "error": f"{type(error).__name__}: {error}"[:500], "blocks": {}}
+            say(f"{name} | not loaded: {type(error).__name__}: {error}")
+            continue
         lm = StentorLM(model, tokenizer, cache=cache, rank=rank, world_size=world_size, barrier=barrier,
                        tokens_per_batch=config.get("tokens_per_batch"), say=say if rank == 0 else None)
         entry = summary["models"][name] = {

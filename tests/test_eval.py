@@ -429,12 +429,13 @@ def test_items_from_the_training_text_are_found_and_others_not(tiny):
     items = {"copied": [[" ".join(trained[i:i + 20]).upper() + "!"] for i in (0, 9, 30)],     # case and signs do not matter
              "inside": [["something else before it " + " ".join(trained[20:33])], ["x " * 20 + " ".join(trained[20:32])]],
              "short": [[" ".join(trained[40:46])], ["zyx wvu tsr qpo nml kji"], ["too short"]],
+             "across": [[" ".join(trained[-7:] + se.words_of(texts[6])[:7])]],      # the end of one document, the next one
              "fresh": [[" ".join(reversed(trained[:20]))], ["colourless green ideas sleep furiously " * 4]]}
     found = se.contamination(items, tiny.store_dir, tiny.tokenizer)
     assert found["copied"] == {"items": 3, "items_checked": 3, "contaminated": 3, "short_checked": 0, "short_found": 0}
     assert found["inside"]["contaminated"] == 1       # thirteen words in a row are, twelve are not
     assert found["short"] == {"items": 3, "items_checked": 0, "contaminated": 0, "short_checked": 2, "short_found": 1}
-    assert found["fresh"]["contaminated"] == 0
+    assert found["fresh"]["contaminated"] == found["across"]["contaminated"] == 0
     held_out = {"held out": [[" ".join(se.words_of(text)[i:i + 13])] for text in texts[:4] for i in range(0, 400, 13)]}
     assert se.contamination(held_out, tiny.store_dir, tiny.tokenizer)["held out"]["contaminated"] < 20
 

@@ -138,8 +138,9 @@ def blimp() -> dict | None:
                 direct[part] = logprobs.double().sum(1).numpy()
     mine = np.array(mine)
     right, right_direct = (values[0::2] > values[1::2] for values in (mine, direct))
-    return {"pairs": len(right), "seconds": seconds, "pairs_per_second": len(right) / seconds, "accuracy": float(right.mean()),
-            "largest_difference": float(np.abs(mine - direct).max()), "decisions_that_differ": int((right != right_direct).sum())}
+    return {"pairs": len(right), "seconds": seconds, "pairs_per_second": len(right) / seconds,
+            "accuracy": float(right.mean()), "largest_difference": float(np.abs(mine - direct).max()),
+            "decisions_that_differ": int((right != right_direct).sum())}
 
 
 def main() -> None:
@@ -151,8 +152,9 @@ def main() -> None:
              f"| 05_benchmark | {s['items_per_second']['ours']:.1f} ({s['ratio']:.1f}x) | {sum(s['differ'].values())} of "
              f"{sum(s['requests'].values()):,}; {s['merged']} of them have tokens across the join |"]
     if b:
-        lines += ["", f"BLiMP, all {b['pairs']:,} pairs: accuracy {b['accuracy']:.4f} in {b['seconds']:.0f} s; against plain "
-                  f"PyTorch the largest difference is {b['largest_difference']:.1e} nats, {b['decisions_that_differ']} decisions."]
+        lines += ["", f"BLiMP, all {b['pairs']:,} pairs: accuracy {b['accuracy']:.4f} in {b['seconds']:.0f} s; against "
+                  f"plain PyTorch the largest difference is {b['largest_difference']:.1e} nats, and "
+                  f"{b['decisions_that_differ']} decisions differ."]
     out = REPO / "outputs" / "benchmarks"
     out.mkdir(parents=True, exist_ok=True)
     su.write_atomically(out / "eval.json", json.dumps(report, indent=1))
