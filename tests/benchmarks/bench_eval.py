@@ -88,7 +88,7 @@ def run_theirs(model: Path, yaml: Path, folder: Path, eos: int) -> dict:
     return out
 
 
-def speed(rounds: int, items: int = 300) -> dict:
+def speed(rounds: int, items: int = 250) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model = a_model(folder)
