@@ -582,6 +582,7 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
         count = len(task.eval_docs)
         samples[name] = sorted(random.Random(f"{seed} {name}").sample(range(count), min(limit or count, count)))
         task.build_all_requests(samples=samples[name], rank=0, world_size=1)
+        task.build_all_requests = lambda **_: None    # evaluate() would build them once more, which costs more than scoring
         digest.update(json.dumps([name, str(task.VERSION), task.config.num_fewshot, task.config.metric_list],
                                  default=str).encode())
         for instance in task.instances:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
+os.environ["TQDM_DISABLE"] = "1"                      # read when tqdm is imported
 
 import numpy as np                                    # noqa: E402
 import torch                                          # noqa: E402
