@@ -12,7 +12,7 @@ from conftest import REPO
 
 import run_notebooks
 
-CHAIN = ["01_tokenizer", "02_pretrain_t4", "06_charts"]
+CHAIN = ["01_tokenizer", "02_pretrain_t4", "05_benchmark", "06_charts"]
 
 
 def run(*parameters, notebooks=CHAIN, **env):
@@ -75,6 +75,25 @@ def test_charts_samples_and_executed_notebooks_are_there(chain):
     assert '"torch": "2.13.0' in environment
 
 
+def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
+    folder, shown = chain
+    benchmark = folder / "benchmark"
+    result = json.loads((benchmark / "chain" / "minimal_pairs.json").read_text())
+    assert len(result["tasks"]) >= 12 and all(task["n"] >= 50 for task in result["tasks"].values())
+    items = [item for task in result["tasks"].values() for item in task["items"]["acc,none"]]
+    lines = (benchmark / "results.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| written minimal pairs"))
+    assert f"{sum(items) / len(items):.4f} [" in row and f"{len(items):,}" in row and "0.5000" in row
+    assert row in shown                               # the very table, on the terminal
+    assert len((benchmark / "results.csv").read_text().splitlines()) >= 3          # a header, chain, untrained
+    entry, = json.loads((benchmark / "model_index.json").read_text())["model-index"]
+    low, high = entry["results"][0]["metrics"][0]["confidence_interval_95"]
+    assert low < entry["results"][0]["metrics"][0]["value"] < high
+    found = json.loads((benchmark / "contamination.json").read_text())["tasks"]
+    assert sum(task["items"] for task in found.values()) == len(items)
+    assert (benchmark / "benchmark.png").stat().st_size > 5_000
+
+
 def test_running_again_keeps_the_finished_model(chain):
     """The same parameters again: nothing is trained twice, the weights stay."""
     folder, _ = chain
@@ -92,6 +111,8 @@ def test_running_again_keeps_the_finished_model(chain):
     ("02_pretrain_t4", ["OUTPUTS=/proc/nowhere"], ["OUTPUTS = '/proc/nowhere' is not a folder that can be written to"]),
     ("01_tokenizer", ["VOCABULARY={folder}/cut.vocab"], ["cut.vocab"]),
     ("01_tokenizer", ["VOCABULARY={folder}/other.vocab"], ["other.vocab"]),
+    ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder']", "MODEL=/no/such/model"],
+     ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model"]),
     ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
 ])
 def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, expected, tiny, tmp_path):
@@ -145,4 +166,4 @@ def test_kaggle_metadata_points_at_the_notebook(path):
     metadata = json.loads(path.read_text())
     assert (path.parent / metadata["code_file"]).resolve() == (REPO / "notebooks" / f"{path.parent.name}.ipynb").resolve()
     assert metadata["kernel_type"] == "notebook" and metadata["is_private"] is True
-    assert metadata["enable_gpu"] == (path.parent.name == "02_pretrain_t4")
+    assert metadata["enable_gpu"] == (path.parent.name in ("02_pretrain_t4", "05_benchmark"))
