@@ -590,6 +590,28 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_docu
     write_atomically(store_dir / "manifest.json", json.dumps(manifest, indent=1))
 
 
+def source_names(recipe) -> list[str]:
+    """The sources that take part in a run."""
+    return [source.name for source in recipe.sources if source.weight > 0 or recipe.anneal_weights]
+
+
+def plan_sources(recipe) -> np.ndarray:
+    """The source of each sequence of a run, as an index into `source_names`: (sequences_to_train,) uint8.
+
+    From a golden-ratio sequence, each stretch of which holds the weights to within a few sequences.
+    """
+    names = source_names(recipe)
+    n = np.arange(recipe.sequences_to_train)
+    point = (n + 0.5) * 0.6180339887498949 % 1.0
+    weights = [source.weight for source in recipe.sources if source.name in names]
+    plan = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.uint8)
+    if recipe.anneal_weights:
+        late = n >= len(n) * (1 - recipe.anneal_fraction)
+        weights = np.cumsum(recipe.anneal_weights) / sum(recipe.anneal_weights)
+        plan[late] = np.searchsorted(weights, point[late], side="right")
+    return plan
+
+
 class TokenStore:
     """A token store read by memory map; `batch(step)` is a pure function of the recipe and the step.
 
@@ -602,7 +624,7 @@ class TokenStore:
     def __init__(self, store_dir, recipe):
         self.folder, self.recipe = Path(store_dir), recipe
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.names = [source.name for source in recipe.sources if source.weight > 0 or recipe.anneal_weights]
+        self.names = source_names(recipe)
         if missing := [name for name in self.names if name not in self.manifest["sources"]]:
             raise ParameterError([f"the token store {self.folder} has no source {', '.join(missing)}."])
         if self.manifest["vocab_size"] > recipe.shape.vocab_size:
@@ -618,16 +640,8 @@ class TokenStore:
 
     def _plan_rows(self) -> None:
         """row_source: the source of each sequence of the run; row_index: its number among those of its source."""
-        recipe = self.recipe
-        n = np.arange(recipe.sequences_to_train)
-        point = (n + 0.5) * 0.6180339887498949 % 1.0
-        weights = [source.weight for source in recipe.sources if source.name in self.names]
-        self.row_source = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.uint8)
-        if recipe.anneal_weights:
-            late = n >= len(n) * (1 - recipe.anneal_fraction)
-            weights = np.cumsum(recipe.anneal_weights) / sum(recipe.anneal_weights)
-            self.row_source[late] = np.searchsorted(weights, point[late], side="right")
-        self.row_index = np.empty(len(n), np.int64)
+        self.row_source = plan_sources(self.recipe)
+        self.row_index = np.empty(len(self.row_source), np.int64)
         for i in range(len(self.names)):
             mine = self.row_source == i
             self.row_index[mine] = np.arange(mine.sum())
@@ -690,11 +704,9 @@ def planned_shards(recipe, shard_tokens: int) -> dict[str, int]:
     """{source: shards its sequences fill}, from the recipe alone."""
     if shard_tokens % recipe.block_size:
         raise ParameterError([f"shard_tokens = {shard_tokens:,} must be a multiple of block_size = {recipe.block_size}."])
-    store = object.__new__(TokenStore)
-    store.recipe, store.names = recipe, [s.name for s in recipe.sources if s.weight > 0 or recipe.anneal_weights]
-    store._plan_rows()
-    rows = np.bincount(store.row_source, minlength=len(store.names))
-    return {name: -(-int(n) * recipe.block_size // shard_tokens) for name, n in zip(store.names, rows)}
+    names = source_names(recipe)
+    rows = np.bincount(plan_sources(recipe), minlength=len(names))
+    return {name: -(-int(n) * recipe.block_size // shard_tokens) for name, n in zip(names, rows)}
 
 
 def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int, ahead_shards: int | None = None) -> None:

@@ -40,8 +40,8 @@ from torch.overrides import TorchFunctionMode         # noqa: E402
 
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
     FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
-    documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, planned_shards,
-    prepare_tokens, source_files, tokenizer_problem, tokenizer_sha256, write_atomically)
+    documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
+    planned_shards, prepare_tokens, source_files, tokenizer_problem, tokenizer_sha256, write_atomically)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

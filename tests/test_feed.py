@@ -82,7 +82,8 @@ def test_rolling_deletes_what_no_checkpoint_needs_and_goes_on(mixed, tiny, tmp_p
 def test_a_short_source_is_read_again_in_another_order(mixed, tiny, tmp_path):
     longer = dataclasses.replace(mixed, token_budget=4000 * 8 * 64)       # more than the documentation holds
     store = fill(longer, tiny, tmp_path)
-    shards = sum(s["tokens"] == 2560 for s in json.loads((tmp_path / "web" / "manifest.json").read_text())["sources"]["web"]["shards"])
+    entry = json.loads((tmp_path / "web" / "manifest.json").read_text())["sources"]["web"]
+    shards = sum(shard["tokens"] == 2560 for shard in entry["shards"])
     assert shards < store.planned["web"]
     first, second = ([store._block("web", epoch * shards * 40 + i) for i in range(40)] for epoch in (0, 1))
     assert sorted(map(bytes, first)) == sorted(map(bytes, second)) and not np.array_equal(first, second)
@@ -106,7 +107,8 @@ def test_a_worker_stays_ahead_and_not_more(mixed, tiny, tmp_path):
 
 
 def test_a_failed_worker_stops_the_reader_with_its_error(mixed, tiny, tmp_path):
-    gone = dataclasses.replace(mixed, sources=(dataclasses.replace(mixed.sources[0], path="/no/such/file.jsonl"), *mixed.sources[1:]))
+    missing = dataclasses.replace(mixed.sources[0], path="/no/such/file.jsonl")
+    gone = dataclasses.replace(mixed, sources=(missing, *mixed.sources[1:]))
     (tmp_path / "run.json").write_text(json.dumps({
         "recipe": gone.to_dict(), "store": "tokens", "tokenizer": str(tiny.tokenizer_dir), "fill": {"shard_tokens": 2560}}))
     with su.fill_while_training(tmp_path / "run.json", gone, 2560) as failed:
