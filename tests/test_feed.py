@@ -50,7 +50,9 @@ def test_the_order_does_not_depend_on_how_full_the_store_is(mixed, tiny, tmp_pat
     full = fill(mixed, tiny, tmp_path / "full")
     for step, batch in enumerate(growing):
         assert (full.batch(step)["input_ids"] == batch).all(), step
-    assert store.manifest == full.manifest and store.validation()[1] == full.validation()[1]
+    recipe = dataclasses.replace(mixed, eval_steps=7)
+    assert su.run_fingerprint(recipe, store) == su.run_fingerprint(recipe, full)          # so a run may go on with either
+    assert (store.validation()[0] == full.validation()[0]).all() and store.validation()[1] == full.validation()[1]
 
 
 def test_realised_mixture_is_the_plan_within_half_a_percent(mixed, tiny, tmp_path):
