@@ -41,7 +41,7 @@ from torch.overrides import TorchFunctionMode         # noqa: E402
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
     FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
     documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, source_files, tokenizer_problem, tokenizer_sha256, write_atomically)
+    planned_shards, prepare_tokens, source_files, source_names, tokenizer_problem, tokenizer_sha256, write_atomically)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1278,7 +1278,11 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, deadline_hours: flo
 
             # One optimiser step over the global batch. What it draws at random is a function of (seed, step, rank).
             began = time.monotonic()
-            batch = engine.feed(store, step)
+            try:
+                batch = engine.feed(store, step)
+            except FeedStopped:                       # what was trained is kept; the same call goes on from there
+                save()
+                raise
             wait += time.monotonic() - began
             torch.manual_seed((recipe.seed << 32) + step * 1024 + engine.rank)
             if engine.step(parallel, optimizer, batch, per_device) is False:
@@ -1555,7 +1559,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         train_from_file(arguments[1])
-    except (ParameterError, CheckpointError, FeedStopped) as error:
+    except (ParameterError, CheckpointError, SourceError, FeedStopped) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
