@@ -1551,14 +1551,12 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m stentor_utils train RUN_JSON`, and for its workers `fill RUN_JSON SOURCE`; exit code 2 for a refused
     parameter or checkpoint or a failed worker, 130 / 143 for a stop."""
     arguments = argv or sys.argv[1:]
-    if len(arguments) == 3 and arguments[0] == "fill":
-        fill_from_file(*arguments[1:])
-        return 0
-    if len(arguments) != 2 or arguments[0] != "train":
+    filling = len(arguments) == 3 and arguments[0] == "fill"
+    if not filling and (len(arguments) != 2 or arguments[0] != "train"):
         print("usage: python -m stentor_utils train RUN_JSON", file=sys.stderr)
         return 2
     try:
-        train_from_file(arguments[1])
+        fill_from_file(*arguments[1:]) if filling else train_from_file(arguments[1])
     except (ParameterError, CheckpointError, SourceError, FeedStopped) as error:
         print(error, file=sys.stderr)
         return 2
