@@ -61,7 +61,7 @@ class Source:
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    text_field: str = "text"
+    text_field: str | None = "text"                   # None: documents are whole rows, as dicts
     preserve_linebreaks: bool = False
 
 
@@ -304,18 +304,20 @@ def source_files(source: Source, **reading) -> dict[str, int]:
 
 
 def _rows(file, name: str, text_field: str, start: int):
-    """The text field of each row of an open .jsonl / .parquet / .txt file from row `start` on (whatever its type).
+    """The text field, or with None the dict, of each row of an open .jsonl / .parquet / .txt file from row `start` on.
 
     Bytes that are no UTF-8 come out as lone surrogates, so that the document is counted and skipped as such.
     """
     if name.endswith(".parquet"):
         import pyarrow.parquet as pq
         parquet, row = pq.ParquetFile(file), 0
-        if text_field not in parquet.schema_arrow.names:
+        if text_field is not None and text_field not in parquet.schema_arrow.names:
             raise ParameterError([f"{name} has no column {text_field!r}; its columns: {parquet.schema_arrow.names}."])
         for group in range(parquet.num_row_groups):
             size = parquet.metadata.row_group(group).num_rows
-            if row + size > start:
+            if row + size > start and text_field is None:
+                yield from parquet.read_row_group(group).slice(max(0, start - row)).to_pylist()
+            elif row + size > start:
                 values = parquet.read_row_group(group, columns=[text_field]).column(0)
                 for value in values[max(0, start - row):]:
                     try:
@@ -333,7 +335,8 @@ def _rows(file, name: str, text_field: str, start: int):
         for row, line in enumerate(lines):
             if row >= start:
                 try:
-                    yield json.loads(line.decode("utf-8-sig", "surrogateescape")).get(text_field)
+                    row_ = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+                    yield row_ if text_field is None else row_.get(text_field)
                 except (ValueError, AttributeError):
                     yield None
 

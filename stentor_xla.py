@@ -166,7 +166,7 @@ class XlaEngine:
         copy.tie_weights()
         return copy
 
-    def optimizer(self, model, recipe):
+    def optimizer(self, model, recipe, say=print):
         """AdamW whose step count and learning rate are tensors on the device: no number that changes is in the graph."""
         optimizer = torch.optim.AdamW(
             su.parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, eps=recipe.adam_epsilon,

@@ -246,7 +246,7 @@ def poisoned_model(*args, **kwargs):
     model.model.norm.weight.register_hook(hook)
     return model
 su.build_model = poisoned_model
-su.train_from_file(sys.argv[1])
+sys.exit(su.main(["train", sys.argv[1]]))
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(tmp_path / "poisoned.py"), str(tmp_path / "run.json")], capture_output=True, text=True)
@@ -335,3 +335,27 @@ def test_evaluate_predicts_every_token_once(tiny, whole):
     assert result["bits_per_byte"] == pytest.approx(loss.item() * 299 / np.log(2) / 1000, rel=1e-5)
     short = su.evaluate(model, ids, 1000, block_size=64, batch_size=3)
     assert short["tokens"] == 299 and short["loss"] != result["loss"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_chunked_loss_is_the_stock_loss(tiny, tied):
+    """Value and every gradient, with masked labels and a row count that is no multiple of the chunk."""
+    shape = dataclasses.replace(tiny.recipe.shape, tie_word_embeddings=tied, vocab_size=16_411)      # chunks of 256 rows
+    ids = torch.randint(0, shape.vocab_size, (5, 64), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[1] = labels[3, 10:40] = -100
+    results = []
+    for chunked in (False, True):
+        model = su.build_model(shape, seed=3).train()
+        if chunked:
+            su.use_chunked_loss(model)
+            model.register_forward_hook(lambda module, args, output: results.append(output.logits))
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=200).loss
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+        assert torch.equal(model.eval()(ids).logits, su.build_model(shape, seed=3).eval()(ids).logits)
+    (stock, stock_grads), no_logits, _, (ours, grads) = results[0], results[1], None, results[2]
+    assert no_logits is None and ours == pytest.approx(stock, rel=1e-6)
+    assert grads.keys() == stock_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, stock_grads[name], rtol=1e-4, atol=1e-7)

@@ -66,8 +66,6 @@ def our_step(recipe, store):
     model = su.build_model(recipe.shape, recipe.seed, attn_implementation=recipe.attn_implementation)
     su.apply_precision_recipe(model, fp32_norms=recipe.fp32_norms, fp32_critical_layers=recipe.fp32_critical_layers,
                               fp32_softmax=recipe.fp32_softmax, int8_qat=recipe.int8_qat)
-    if hasattr(su, "use_blocked_attention"):
-        su.use_blocked_attention(model)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -175,7 +173,7 @@ def contest(name: str, shape: str, store_dir: str):
 
 def start(*arguments, ours: bool) -> subprocess.Popen:
     """This file again, as `arguments` say; ours with what `launch` sets, the others as a user starts them."""
-    env = {**(su.ALLOCATOR if ours else {}), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    env = {**(su.PROCESS_ENVIRONMENT if ours else {}), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], env=env, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
