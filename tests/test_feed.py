@@ -130,12 +130,3 @@ def test_training_on_a_growing_store_and_going_on(tiny, mixed, tmp_path):
     assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["wait_seconds"] >= 0 and set(row["mixture"]) == set(WEB_CODE_MATH) for row in rows if row["kind"] == "train")
-
-
-@pytest.mark.parametrize("name, mib", [("stentor3-20m", [24, 12, 6, 3]), ("stentor3-50m", [60, 30, 15, 7.5])])
-def test_kv_cache_at_4096(name, mib):
-    """FP32, FP16, INT8, INT4 by the formula under the card's table; the table itself prints half of it."""
-    shape = su.RECIPES[name].shape
-    found = [su.kv_cache_bytes(shape, 4096, size) / 2**20 for size in (4, 2, 1, 0.5)]
-    assert found == mib == [2 * shape.num_key_value_heads * shape.head_dim * shape.num_hidden_layers * 4096 * size / 2**20
-                            for size in (4, 2, 1, 0.5)]
