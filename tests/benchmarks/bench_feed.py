@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("STENTOR_VOCABS", str(ROOT.parent / "shared" / "tokenmonster" / "vocabs"))
 
 import stentor_utils as su  # noqa: E402
 import tokenmonster_hf as tm  # noqa: E402
