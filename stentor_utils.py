@@ -1719,6 +1719,7 @@ def fill_while_training(path, recipe: Recipe, shard_tokens: int):
 
 def fill_from_file(path, name: str) -> None:
     """What a worker does: fill one source of the run described by run.json."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # the stop button: training ends its step, saves, and ends its workers
     path = Path(path).resolve()
     run = json.loads(path.read_text())
     fill_source(Recipe.from_dict(run["recipe"]), load_tokenizer(path.parent / run["tokenizer"]), path.parent / run["store"],
