@@ -41,9 +41,10 @@ from torch import nn                                  # noqa: E402
 from torch.overrides import TorchFunctionMode         # noqa: E402
 
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
-    HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text, documents, encode_documents,
-    find_vocabulary, load_tokenizer, local_corpus, pin_revision, prepare_tokens, source_files, tokenizer_problem,
-    tokenizer_sha256, write_atomically)
+    FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
+    documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
+    planned_shards, prepare_tokens, source_files, source_names, tokenizer_problem, tokenizer_sha256, write_atomically)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters are checked before any work starts, all of them, and every problem is one sentence.
@@ -1364,6 +1365,8 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
             save_checkpoint(run_dir, state["step"], tensors,
                             {**state, "scaler": engine.scaler.state_dict(), "metrics_lines": len(metrics.rows),
                              "window": [progress["window_loss"], window_steps], "seconds": elapsed()}, recipe.save_total_limit)
+            if hasattr(store, "release"):             # of a store that is filled meanwhile: what no checkpoint needs any more
+                store.release(int(checkpoint_folders(run_dir)[0].name[5:]))
 
     def elapsed():
         return state["seconds"] + time.monotonic() - started
@@ -1430,7 +1433,11 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
 
             # One optimiser step over the global batch. What it draws at random is a function of (seed, step, rank).
             began = time.monotonic()
-            batch = engine.feed(store, step)
+            try:
+                batch = engine.feed(store, step)
+            except FeedStopped:                       # what was trained is kept; the same call goes on from there
+                save()
+                raise
             wait += time.monotonic() - began
             torch.manual_seed((recipe.seed << 32) + step * 1024 + engine.rank)
             done = engine.step(parallel, optimizer, batch, per_device)
@@ -1621,19 +1628,21 @@ class TrainingFailed(RuntimeError):
 
 
 def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: int | None = None,
-           deadline_hours: float | None = None, xla: str | None = None, say=None) -> dict:
+           deadline_hours: float | None = None, xla: str | None = None, fill: dict | None = None, say=None) -> dict:
     """Write run.json and environment.json, train in a process of its own (several with torchrun), show its log here.
 
     num_processes: default one a GPU, or 1 on the CPU. xla: "TPU", or "CPU" for 8 virtual devices (CPU_NUM_DEVICES); one
-    process serves them all, with PJRT_DEVICE set for it. Stopping the notebook's cell stops the training after its step,
-    saved. Returns summary.json's content; raises TrainingFailed with the last lines of the log.
+    process serves them all, with PJRT_DEVICE set for it. fill: {"shard_tokens", "rolling", "ahead_shards"}: the store is
+    a GrowingStore, filled by one worker process a source while training runs.
+    Stopping the notebook's cell stops the training after its step, saved. Returns summary.json's content; raises
+    TrainingFailed with the last lines of the log.
     """
     say = say or (lambda text: print(text, flush=True))
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "run.json", json.dumps({
         "recipe": recipe.to_dict(), "store": os.path.relpath(store_dir, run_dir),
-        "tokenizer": os.path.relpath(tokenizer_dir, run_dir), "deadline_hours": deadline_hours}, indent=1))
+        "tokenizer": os.path.relpath(tokenizer_dir, run_dir), "deadline_hours": deadline_hours, "fill": fill}, indent=1))
     write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
     num_processes = 1 if xla else num_processes or max(1, torch.cuda.device_count())
     here = str(Path(__file__).resolve().parent)
@@ -1674,21 +1683,61 @@ def train_from_file(path) -> dict:
     path = Path(path).resolve()
     run = json.loads(path.read_text())
     recipe = Recipe.from_dict(run["recipe"])
-    store = TokenStore(path.parent / run["store"], recipe)
     tokenizer = load_tokenizer(path.parent / run["tokenizer"])
-    return train(recipe, store, path.parent, tokenizer=tokenizer, deadline_hours=run.get("deadline_hours"))
+    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=run.get("deadline_hours"))
+    if not run.get("fill"):
+        return go(store=TokenStore(path.parent / run["store"], recipe))
+    with fill_while_training(path, recipe, run["fill"]["shard_tokens"]) as failed:
+        return go(store=GrowingStore(path.parent / run["store"], recipe, run["fill"]["shard_tokens"],
+                                     rolling=run["fill"].get("rolling", False), failed=failed))
+
+
+@contextlib.contextmanager
+def fill_while_training(path, recipe: Recipe, shard_tokens: int):
+    """Worker processes, one a source, as long as the block runs; gives a function that says what is wrong with them."""
+    env = {key: value for key, value in os.environ.items() if key not in ("STENTOR_ENGINE", "CPU_NUM_DEVICES")}
+    env |= {"PJRT_DEVICE": "CPU"}                     # they import transformers, which imports torch_xla: not the chips
+    logs = {name: open(Path(path).parent / f"feed-{name}.log", "w+") for name in planned_shards(recipe, shard_tokens)}
+    workers = {name: subprocess.Popen([sys.executable, "-m", "stentor_utils", "fill", str(path), name], env=env, stdout=log,
+                                      stderr=log) for name, log in logs.items()}
+
+    def failed():
+        for name, worker in workers.items():
+            if worker.poll():
+                return f"the worker that fills source {name} ended with exit code {worker.returncode}: " + "".join(
+                    Path(logs[name].name).read_text().splitlines(keepends=True)[-8:])
+    try:
+        yield failed
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+        for worker in workers.values():
+            worker.wait()
+        for log in logs.values():
+            log.close()
+
+
+def fill_from_file(path, name: str) -> None:
+    """What a worker does: fill one source of the run described by run.json."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # the stop button: training ends its step, saves, and ends its workers
+    path = Path(path).resolve()
+    run = json.loads(path.read_text())
+    fill_source(Recipe.from_dict(run["recipe"]), load_tokenizer(path.parent / run["tokenizer"]), path.parent / run["store"],
+                name, shard_tokens=run["fill"]["shard_tokens"], ahead_shards=run["fill"].get("ahead_shards"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m stentor_utils train RUN_JSON`; exit code 2 for a refused parameter or checkpoint, 130 / 143 for a stop."""
+    """`python -m stentor_utils train RUN_JSON`, and for its workers `fill RUN_JSON SOURCE`; exit code 2 for a refused
+    parameter or checkpoint or a failed worker, 130 / 143 for a stop."""
     arguments = argv or sys.argv[1:]
-    if len(arguments) != 2 or arguments[0] != "train":
+    filling = len(arguments) == 3 and arguments[0] == "fill"
+    if not filling and (len(arguments) != 2 or arguments[0] != "train"):
         print("usage: python -m stentor_utils train RUN_JSON", file=sys.stderr)
         return 2
     faulthandler.enable()                             # a crash in native code says where it was
     try:
-        train_from_file(arguments[1])
-    except (ParameterError, CheckpointError) as error:
+        fill_from_file(*arguments[1:]) if filling else train_from_file(arguments[1])
+    except (ParameterError, CheckpointError, SourceError, FeedStopped) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -103,7 +103,35 @@ def test_running_again_keeps_the_finished_model(chain):
     assert (folder / "final" / "model.safetensors").read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def tpu_run(chain):
+    """03 with its CPU twin on the CPU engine, with the chain's tokenizer; XLA with 8 virtual devices: make tpu-test."""
+    folder, _ = chain
+    done = run(f"OUTPUTS={folder.parent}", "RUN=tpu", f"TOKENIZER={folder / 'tokenizer'}", "TOKEN_BUDGET=200000",
+               "OVERRIDES={'max_eval_samples': 20}", notebooks=["03_pretrain_tpu"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder.parent / "tpu", done.stdout
+
+
+def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
+    folder, shown = tpu_run
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.5 and all(map(math.isfinite, losses))
+    mixture = json.loads((folder / "mixture.json").read_text())
+    table = mixture["table"]
+    for part, planned in (("before the anneal", (0.75, 0.15, 0.10)), ("anneal", (0.50, 0.30, 0.20))):
+        assert list(table[f"{part}, planned"].values()) == pytest.approx(planned)
+        assert list(table[f"{part}, realised"].values()) == pytest.approx(planned, abs=0.02)      # 117 sequences in the anneal
+    assert len(mixture["wait_seconds"]) == len(losses) and "predicted feed" in shown and "304,000" in shown
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["precision"]["fp32_norm_modules"] == 9 and summary["precision"]["fp32_critical_layers"] == 2
+    assert summary["tokens"] == 49 * 4096 and (folder / "final" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("notebook, given, expected", [
+    ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
+     ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
     ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
     ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
     ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
@@ -166,4 +194,5 @@ def test_kaggle_metadata_points_at_the_notebook(path):
     metadata = json.loads(path.read_text())
     assert (path.parent / metadata["code_file"]).resolve() == (REPO / "notebooks" / f"{path.parent.name}.ipynb").resolve()
     assert metadata["kernel_type"] == "notebook" and metadata["is_private"] is True
-    assert metadata["enable_gpu"] == (path.parent.name in ("02_pretrain_t4", "05_benchmark"))
+    assert metadata["enable_gpu"] == (path.parent.name in ("02_pretrain_t4", "04_instruct_sft", "05_benchmark"))
+    assert metadata["enable_tpu"] == (path.parent.name == "03_pretrain_tpu")
