@@ -48,6 +48,8 @@ def run_notebooks(names: list[str], given: dict) -> None:
         problems.append(f"OUTPUTS = {defaults['OUTPUTS']!r} {wrong}.")
     if problems:
         raise su.ParameterError(problems)
+    for name, value in su.PROCESS_ENVIRONMENT.items():      # the kernels inherit it: 04 trains in its own
+        os.environ.setdefault(name, value)
     import papermill
     for name, path in paths.items():
         print(f"\n=== {name} ===", flush=True)

@@ -46,7 +46,7 @@ def test_the_main_phase_has_the_published_counts():
     recipe = F["phase_recipe"](PUBLISHED, F["PHASES"]["card"][1], store.steps, PUBLISHED.shape, batch=192, block=384, rate=1,
                                seed=42)
     assert recipe.total_steps == 273 and recipe.per_device_train_batch_size == 48 and recipe.gradient_accumulation_steps == 4
-    assert [row[0] for row in recipe.difference(PUBLISHED)] == []
+    assert [row[0] for row in recipe.difference(PUBLISHED)] == ["name"]
     with pytest.raises(su.ParameterError, match="beavertails has 5,000 usable examples for a share of 5,708"):
         F["mix"]({**examples, "beavertails": examples["beavertails"][:5_000]})
 
@@ -168,9 +168,9 @@ def test_a_short_conversation_is_encoded_as_the_chat_template_says(tiny):
 
 
 def test_what_is_too_long_keeps_the_system_prompt_and_the_marker(tiny):
-    ids, labels = F["encode"](tiny.tokenizer, conversation("why " * 200, "because " * 200), 64)
+    ids, labels = F["encode"](tiny.tokenizer, conversation("why " * 200, "because " * 200), 128)
     text = tiny.tokenizer.decode(ids)
-    assert len(ids) == 64 and SYSTEM in text and "<|assistant|>\nbecause" in text and text.endswith("</s>")
+    assert len(ids) == 128 and SYSTEM in text and "<|user|>\nwhy why" in text and "<|assistant|>\nbecause" in text and text.endswith("</s>")
 
 
 # --- batches
@@ -182,7 +182,7 @@ def encoded(tiny):
     words = "the value of a function is called when it returns an object that has no name".split()
     rows = [{"source": draw.choice(("one", "two")), "prompt": f"{i} " + " ".join(draw.choices(words, k=draw.randint(1, 12))),
              "answer": " ".join(draw.choices(words, k=draw.randint(1, 20))), "refuses": i % 3 == 0} for i in range(70)]
-    return F["encode_examples"](tiny.tokenizer, rows, SYSTEM, 64)
+    return F["encode_examples"](tiny.tokenizer, rows, SYSTEM, 192)
 
 
 def test_batches_are_a_pure_function_cover_each_epoch_once_and_are_padded_little(tiny, encoded):
@@ -203,9 +203,9 @@ def test_batches_are_a_pure_function_cover_each_epoch_once_and_are_padded_little
 
 
 def test_packing_changes_the_rows_and_not_the_gradient(tiny, encoded):
-    model = su.build_model(dataclasses.replace(tiny.recipe.shape, max_position_embeddings=128), seed=5)
+    model = su.build_model(dataclasses.replace(tiny.recipe.shape, max_position_embeddings=512), seed=5)
     gradients, losses, rows = [], [], []
-    for batch in (F["collate"](encoded[:12], 0), F["collate_packed"](encoded[:12], 0, 128)):
+    for batch in (F["collate"](encoded[:12], 0), F["collate_packed"](encoded[:12], 0, 512)):
         model.zero_grad()
         loss = model(**batch, num_items_in_batch=int((batch["labels"][:, 1:] != -100).sum())).loss
         loss.backward()
@@ -237,6 +237,7 @@ def test_loss_by_source_is_the_models_own(tiny, encoded):
 
 def tiny_phases(tiny, encoded, folder, deadlines=()):
     """Two phases of the notebook's own loop on a 70k base; deadlines: for the first calls of su.train, in hours."""
+    encoded = F["encode_examples"](tiny.tokenizer, encoded, SYSTEM, 64)
     phases = (F["Phase"]("first", {"one": 20}, 1, 3e-5, dropout=0.0), F["Phase"]("second", {"main": 70}, 1, 3e-5))
     data = {"one": encoded, "main": encoded, "held_out": encoded[:6]}
     published = dataclasses.replace(PUBLISHED, save_every_minutes=1000)
@@ -275,8 +276,8 @@ def test_phases_train_only_adapters_and_end_alike_after_a_stop(tiny, encoded, tm
 
 def test_a_phase_refuses_checkpoints_from_other_start_weights(tiny, encoded, tmp_path):
     store = F["ConversationStore"]("x", encoded, encoded[:6], batch_size=8, epochs=1, seed=3, pad_id=0)
-    recipe = F["phase_recipe"](PUBLISHED, F["PHASES"]["card"][0], store.steps, tiny.recipe.shape, batch=8, block=64, rate=1,
-                               seed=0)
+    shape = dataclasses.replace(tiny.recipe.shape, max_position_embeddings=192)
+    recipe = F["phase_recipe"](PUBLISHED, F["PHASES"]["card"][0], store.steps, shape, batch=8, block=192, rate=1, seed=0)
 
     def go(seed):
         model = F["lora_model"](su.build_model(tiny.recipe.shape, seed), 0)
