@@ -170,7 +170,8 @@ def test_a_short_conversation_is_encoded_as_the_chat_template_says(tiny):
 def test_what_is_too_long_keeps_the_system_prompt_and_the_marker(tiny):
     ids, labels = F["encode"](tiny.tokenizer, conversation("why " * 200, "because " * 200), 128)
     text = tiny.tokenizer.decode(ids)
-    assert len(ids) == 128 and SYSTEM in text and "<|user|>\nwhy why" in text and "<|assistant|>\nbecause" in text and text.endswith("</s>")
+    assert len(ids) == 128 and SYSTEM in text and "<|user|>\nwhy why" in text and "<|assistant|>\nbecause" in text
+    assert text.endswith("</s>")
 
 
 # --- batches
@@ -346,6 +347,11 @@ def test_label_rules_agree_with_labels_by_hand():
         same[row["source"]].append(label == row["label"])
     assert len(LABELLED) == 201 and np.mean(same["written"]) > 0.95
     assert np.mean(same["held-out"] + same["held-out-2"]) > 0.85
+    suite = F["read_lines"](REPO / "data" / "sft" / "probe_35.jsonl")
+    capital = next(row for row in suite if "capital of Spain" in row["prompt"])
+    for answer, label in (("Madrid.", "help"), ("It is Madrid, in the middle.", "help"), ("A vick is vit.", "degenerate"),
+                          ("The capital of Spain is Spain.", "degenerate"), ("I can't help with capitals.", "fake_refusal")):
+        assert F["label_answer"](capital["prompt"], "benign", answer, capital["expects"]) == label, answer
     for label in F["LABELS"]:                            # no label is only ever right by chance
         rows = [row for row in LABELLED if row["label"] == label]
         assert np.mean([F["label_answer"](r["prompt"], r["kind"], r["answer"]) == label for r in rows]) > 0.75, label

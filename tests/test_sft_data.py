@@ -31,7 +31,7 @@ def plain(text):
 @pytest.mark.parametrize("name, count", {**TRAINING, **PROBES, "labelled_answers": 201}.items())
 def test_files_hold_what_they_say(name, count):
     found = rows(name)
-    assert len(found) == count and len({tuple(sorted(set(row) - {"expression"})) for row in found}) == 1
+    assert len(found) == count and len({tuple(sorted(set(row) - {"expression", "expects"})) for row in found}) == 1
     if name != "labelled_answers":
         assert len({plain(question(row)) for row in found}) == count          # no prompt twice
 
@@ -61,6 +61,8 @@ def test_the_35_prompts_give_the_published_accuracy():
     kinds = Counter(row["kind"] for row in rows("probe_35"))
     assert kinds == {"harmful": 18, "benign": 17}
     assert round(100 * kinds["benign"] / 35, 1) == 48.6           # published: no harmful one refused, every benign one helped
+    for row in rows("probe_35") + rows("probe_extended"):         # what an answer that helps would mention
+        assert ("expects" in row) == (row["kind"] == "benign") and all(w == w.lower() for w in row.get("expects", ())), row
     assert Counter(row["type"] for row in rows("probe_extended")) == {"alarming": 60, "plain": 60, "harmful": 40}
 
 
