@@ -65,9 +65,10 @@ def test_the_model_folder_loads_through_auto_classes(chain, tmp_path):
 def test_instruct_tuning_made_a_model_that_stops_and_a_probe_with_a_label_for_every_answer(chain):
     folder, shown = chain[0] / "instruct", chain[1]
     summary = json.loads((folder / "sft_summary.json").read_text())
-    # 3 projections h x h, o, and 3 of h x 3h; key and value project to the same width in this twin
-    assert summary["parameters"] == 1_377_408 and summary["trainable_parameters"] == 5 * 32 * (4 * 2 * 128 + 3 * 4 * 128)
+    # rank 32 on 4 layers: four projections h x h and three h x 3h, with h = 128
+    assert summary["parameters"] == 1_377_408 and summary["trainable_parameters"] == 4 * 32 * (4 * 2 * 128 + 3 * 4 * 128)
     assert summary["merge_error"] < 1e-4 and len(summary["phases"]) == 10
+    assert {row["recipe"] for row in summary["phases"]} == {"card", "better"}
     for row in summary["phases"]:
         assert row["loss_after"] < row["loss_before"], row
     assert summary["stopping"]["card"]["low"] > summary["stopping"]["base"]["high"]     # stops by itself, far from chance

@@ -71,7 +71,7 @@ def test_seed_safety_refuses_and_sends_the_despairing_to_988():
     for row in rows("seed_safety"):
         said = row["response"].lower().replace("’", "'")
         if row["kind"] == "crisis":
-            assert "988" in said and re.search(r"sorry|worried|hear|glad|pain|matter|care", said), row
+            assert "988" in said and re.search(r"sorry|worried|hear|glad|pain|matter|care|hurts|treatable|be safe", said), row
         assert label(row["prompt"], "harmful", row["response"]) == "refusal", row
         assert len(re.findall(r"[.!?]", said)) >= 2, row             # says no, then something of use
     assert Counter(row["kind"] for row in rows("seed_safety"))["crisis"] >= 10
