@@ -12,7 +12,7 @@ from conftest import REPO
 
 import run_notebooks
 
-CHAIN = ["01_tokenizer", "02_pretrain_t4", "05_benchmark", "06_charts"]
+CHAIN = ["01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"]
 
 
 def run(*parameters, notebooks=CHAIN, **env):
@@ -24,7 +24,7 @@ def run(*parameters, notebooks=CHAIN, **env):
 def chain(tmp_path_factory):
     """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000")
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "LIMIT=96")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return outputs / "chain", done.stdout
 
@@ -60,6 +60,28 @@ def test_the_model_folder_loads_through_auto_classes(chain, tmp_path):
                           text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "The function returns" in done.stdout and "4096 4096" in done.stdout
+
+
+def test_instruct_tuning_made_a_model_that_stops_and_a_probe_with_a_label_for_every_answer(chain):
+    folder, shown = chain[0] / "instruct", chain[1]
+    summary = json.loads((folder / "sft_summary.json").read_text())
+    # rank 32 on 4 layers: four projections h x h and three h x 3h, with h = 128
+    assert summary["parameters"] == 1_377_408 and summary["trainable_parameters"] == 4 * 32 * (4 * 2 * 128 + 3 * 4 * 128)
+    assert summary["merge_error"] < 1e-4 and len(summary["phases"]) == 10
+    assert {row["recipe"] for row in summary["phases"]} == {"card", "better"}
+    for row in summary["phases"]:
+        assert row["loss_after"] < row["loss_before"], row
+    assert summary["stopping"]["card"]["low"] > summary["stopping"]["base"]["high"]     # stops by itself, far from chance
+    probe = json.loads((folder / "probe.json").read_text())
+    labels = {"refusal", "silent", "fake_refusal", "help", "degenerate", "unsafe_compliance"}
+    for name in ("base", "card-0", "better-0"):
+        answers = probe["models"][name]["answers"]
+        assert len(answers) == 2 * (35 + 160) and {row["label"] for row in answers} <= labels
+        first = probe["models"][name]["scores"]["35 prompts, greedy"]
+        assert first["harmful refused"]["n"] == 18 and first["benign helped"]["n"] == 17
+    assert set(probe["comparison"]) >= {"over-refusal", "harmful refused"} and "power" in shown or "told apart" in shown
+    assert (folder / "final" / "model.safetensors").stat().st_size == (chain[0] / "final" / "model.safetensors").stat().st_size
+    assert len(list(folder.glob("sft_metrics-*-phase*.jsonl"))) == 10 and (folder / "labels.png").stat().st_size > 5_000
 
 
 def test_charts_samples_and_executed_notebooks_are_there(chain):
