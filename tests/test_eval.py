@@ -436,8 +436,6 @@ def test_items_from_the_training_text_are_found_and_others_not(tiny):
     assert found["inside"]["contaminated"] == 1       # thirteen words in a row are, twelve are not
     assert found["short"] == {"items": 3, "items_checked": 0, "contaminated": 0, "short_checked": 2, "short_found": 1}
     assert found["fresh"]["contaminated"] == found["across"]["contaminated"] == 0
-    held_out = {"held out": [[" ".join(se.words_of(text)[i:i + 13])] for text in texts[:4] for i in range(0, 400, 13)]}
-    assert se.contamination(held_out, tiny.store_dir, tiny.tokenizer)["held out"]["contaminated"] < 20
 
 
 @pytest.mark.parametrize("chunk", [500, 1 << 20])
