@@ -24,7 +24,7 @@ def run(*parameters, notebooks=CHAIN, **env):
 def chain(tmp_path_factory):
     """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "LIMIT=96")
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return outputs / "chain", done.stdout
 
