@@ -1,11 +1,11 @@
-# make run                         tokenizer -> pretraining -> charts on this CPU, offline (RUN=demo)
+# make run                         tokenizer -> pretraining -> instruct tuning -> benchmark -> charts on this CPU, offline
 # make run RUN=mine TOKEN_BUDGET=1000000 RECIPE=stentor3-20m      any parameter of the notebooks
 # make test                        what CI runs
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 06_charts
+NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
 .PHONY: run test tpu-test tpu-aot bench results lint clean
 .DELETE_ON_ERROR:
