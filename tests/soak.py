@@ -1,6 +1,6 @@
 """Kill -9, again and again, and count what is lost: nothing may be.
 
-    python tests/soak.py --runs 50 --kills 4 --report outputs     # `make soak`: 200 kills -> outputs/reliability.json and a table
+    python tests/soak.py --runs 50 --kills 4 --report outputs     # `make soak`: outputs/reliability.json and a table
     python tests/soak.py --runs 20 --kills 3 --store FOLDER       # what `make test` starts; prints the counts as JSON
 
 One process imports everything and forks a child for each start of a run, so that a kill costs what training costs and not
@@ -29,6 +29,7 @@ import traceback           # noqa: E402
 from pathlib import Path   # noqa: E402
 
 import numpy as np         # noqa: E402
+import torch               # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -141,7 +142,8 @@ def soak(folder: Path, store_dir, runs: int, kills: int, seed: int = 0) -> dict:
     assert os.waitpid(pid, 0)[1] == 0, (alone / "log.txt").read_text()
     whole, typical = time.monotonic() - began, (board.seconds / np.maximum(1, board.entered[:len(PHASES)])).tolist()
     counts = {"runs": runs, "kills": 0, "kills_by_phase": dict.fromkeys(PHASES, 0), "differing_files": [],
-              "unloadable_resumes": 0, "restarts_from_step_0_although_saved": 0, "left_behind": [], "seconds_undisturbed": whole}
+              "unloadable_resumes": 0, "restarts_from_step_0_although_saved": 0, "left_behind": [],
+              "seconds_undisturbed": whole}
     for i in range(runs):
         run_dir, killed = folder / f"run-{i}", 0
         while True:
@@ -226,13 +228,14 @@ def report(folder: Path, counts: dict) -> None:
     (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
     machine = su.environment()
     su.write_atomically(folder / "reliability.json", json.dumps(
-        counts | {"machine": f"{machine['cpu']}, {machine['cpu_count']} cores, torch {machine['packages']['torch']}"}, indent=1))
+        counts | {"machine": f"{machine['cpu']}, {machine['cpu_count']} cores, torch {torch.__version__}"}, indent=1))
     phases = ", ".join(f"{n} in {phase}" for phase, n in counts["kills_by_phase"].items() if n)
     first = counts["seconds_to_first_step_after_resume"]
     su.write_atomically(folder / "benchmarks" / "reliability.md", "\n".join([
         "Never lose a run (`make soak`):", "", "| | |", "|---|---|",
         f"| runs, kill -9 in them | {counts['runs']}, {counts['kills']}: {phases} |",
-        f"| files that differ from a run left alone (weights, optimiser, scaler, EMA, metrics) | {len(counts['differing_files'])} |",
+        f"| files that differ from a run left alone (weights, optimiser, EMA, state, metrics) | "
+        f"{len(counts['differing_files'])} |",
         f"| resumes that found no loadable checkpoint | {counts['unloadable_resumes']} |",
         f"| restarts from step 0 although something was saved | {counts['restarts_from_step_0_although_saved']} |",
         f"| files left behind by kills at the end | {len(counts['left_behind'])} |",
