@@ -560,7 +560,7 @@ def test_200_bad_configurations_are_listed_whole():
            **{name: ["yes", 1, None] for name in ("int8_qat", "fp32_norms", "tie_word_embeddings", "gradient_checkpointing")},
            **{name: ["adam", 3, None] for name in ("lr_scheduler_type", "mixed_precision", "initialization", "budget_check")},
            "weight_decay": [-1, 11, nan], "seed": [-1, 1.5, 2**40, None], "max_train_steps": [0, -3, "all"],
-           "ema_decay": [1, -1], "fp32_critical_first": [-1, 99], "best_eval_start_step": [-1, 0.5],
+           "ema_decay": [1, -1], "fp32_critical_first": [-1, 1.5], "best_eval_start_step": [-1, 0.5],
            "source_token_budget": [0, 1.5], "learning_rte": [1], "blocksize": [1]}
     began = time.monotonic()
     for _ in range(200):
@@ -570,6 +570,8 @@ def test_200_bad_configurations_are_listed_whole():
         for name in overrides:
             assert any(name in problem for problem in caught.value.problems), (name, overrides, caught.value.problems)
         assert all(len(problem) < 300 and "\n" not in problem for problem in caught.value.problems)
+    with pytest.raises(su.ParameterError, match="fp32_critical_first = 13 must be at most 12"):
+        su.find_recipe("stentor2-12m", "t4", {"fp32_critical_first": 13})
     took = time.monotonic() - began
     print(f"200 configurations in {took:.2f} s")
     assert took < 5
