@@ -1598,7 +1598,7 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
                     break
                 slowest["evaluation"] = max(slowest["evaluation"], time.monotonic() - began)
                 state["evaluated_step"] = step
-                if result["loss"] < (state["best_eval_loss"] or math.inf) + SPIKE:
+                if result["loss"] < (state["best_eval_loss"] or math.inf) + SPIKE and not state["nonfinite"]:
                     state["good_step"] = step
                 best = step >= recipe.best_eval_start_step and (state["best_eval_loss"] is None
                                                                 or result["loss"] < state["best_eval_loss"])

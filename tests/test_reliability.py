@@ -355,10 +355,10 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
     monkeypatch.setattr(su, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime, time_ns=time.time_ns))
     monkeypatch.setattr(su, "save_checkpoint", slow_save)
     stops, trained, margins = 0, 0, []
-    recipe = dataclasses.replace(micro, token_budget=64 * 4 * 16, save_every_minutes=2, logging_steps=100, eval_steps=16,
+    recipe = dataclasses.replace(micro, token_budget=32 * 4 * 16, save_every_minutes=4, logging_steps=100, eval_steps=16,
                                  best_eval_steps=16)
     for case in range(50):
-        folder, hours = tmp_path / str(case), draw.uniform(900, 4000) / 3600
+        folder, hours = tmp_path / str(case), draw.uniform(300, 1500) / 3600
         began, said = now[0], []
         longest.clear()
         # the process's first step must be seen before it can be allowed for: the fit of the micro-batch calls batch() once
@@ -373,7 +373,7 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
             assert summary["stopped"] == "deadline" and not (folder / "final").exists()
             assert "Run the same again to go on." in said[-1]
     print(f"{stops} of 50 stopped, {trained} after training; seconds to spare: {min(margins):.0f} to {max(margins):.0f}")
-    assert stops >= 25 and trained >= 15
+    assert 25 <= stops < 50 and trained >= 20
 
 
 # --- one owner
@@ -470,20 +470,23 @@ def test_ten_bad_steps_in_a_row_go_back_and_three_times_stop(tiny, micro, tmp_pa
         for name, stops in (("alone", []), ("stopped", [5, 12, 18, 22, 30, 38])):
             folder, left = tmp_path / f"{troubles}-{name}", list(stops)
 
-            def at(step, batch, poisoned=poison(monkeypatch, bad)):
-                if left and step == left[0]:
-                    left.pop(0)
-                    os.kill(os.getpid(), signal.SIGINT)
-                return poisoned(step, batch)
-            while True:
-                try:
-                    train(tiny, recipe, folder, store=Wrapped(tiny, recipe, at))
-                    break
-                except KeyboardInterrupt:
-                    continue
-                except su.TrainingDiverged as error:
-                    outcomes.append(str(error))
-                    break
+            with monkeypatch.context() as patch:
+                poisoned = poison(patch, bad)
+
+                def at(step, batch):
+                    if left and step == left[0]:
+                        left.pop(0)
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return poisoned(step, batch)
+                while True:
+                    try:
+                        train(tiny, recipe, folder, store=Wrapped(tiny, recipe, at))
+                        break
+                    except KeyboardInterrupt:
+                        continue
+                    except su.TrainingDiverged as error:
+                        outcomes.append(str(error))
+                        break
             assert not left
             tensors, state = su.load_checkpoint(folder)
             assert all(torch.isfinite(t).all() for group in tensors.values() for t in group.values())
@@ -501,17 +504,29 @@ def test_ten_bad_steps_in_a_row_go_back_and_three_times_stop(tiny, micro, tmp_pa
 
 
 def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
-    """From batch 13 to 15 the labels are one token never seen: the logged loss leaps, and those batches leave no trace."""
-    recipe = dataclasses.replace(tiny.recipe, token_budget=32 * 8 * 64, logging_steps=2)
-    rare = tiny.recipe.shape.vocab_size - 1
+    """In batches 24 to 27 the labels are one token never seen: the logged loss leaps, and those batches leave no trace."""
+    recipe = dataclasses.replace(tiny.recipe, token_budget=36 * 8 * 64, logging_steps=2)
+    rare, stops = tiny.recipe.shape.vocab_size - 1, []
 
     def at(step, batch):
-        return {**batch, "labels": torch.full_like(batch["labels"], rare)} if 13 <= step < 16 else batch
-    assert train(tiny, recipe, tmp_path / "spiked", store=Wrapped(tiny, recipe, at))["step"] == 32
-    back = [row for row in rows_of(tmp_path / "spiked") if row["kind"] == "rollback"]
-    assert [(row["step"], row["good_step"]) for row in back][:1] == [(14, 8)] and "the loss rose to" in back[0]["reason"]
-    losses = [row["loss"] for row in rows_of(tmp_path / "spiked") if row["kind"] == "eval"]
-    assert losses[-1] < losses[0] - 0.5 and len(back) <= 2
+        if stops and step == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGINT)
+        return {**batch, "labels": torch.full_like(batch["labels"], rare)} if 24 <= step < 28 else batch
+    for name, at_steps in (("alone", []), ("stopped", [24, 27])):
+        stops[:] = at_steps
+        while True:
+            try:
+                train(tiny, recipe, tmp_path / name, store=Wrapped(tiny, recipe, at))
+                break
+            except KeyboardInterrupt:
+                continue
+        back = [row for row in rows_of(tmp_path / name) if row["kind"] == "rollback"]
+        assert [(row["step"], row["good_step"]) for row in back] == [(26, 24), (28, 24)]
+        assert all(row["reason"].startswith("the loss rose to ") for row in back)
+    losses = [row["loss"] for row in rows_of(tmp_path / "alone") if row["kind"] == "eval"]
+    assert losses == sorted(losses, reverse=True) and not stops
+    assert weights(tmp_path / "alone") == weights(tmp_path / "stopped")
 
 
 # --- a checkpoint of something else
