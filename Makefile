@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run test tpu-test tpu-aot bench results lint clean
+.PHONY: run test tpu-test tpu-aot bench soak results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -49,12 +49,16 @@ bench: $(VENV)/.installed
 	for file in tests/benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
 	STENTOR_SLOW=1 $(PY) -m pytest -s tests -k "2000_steps or compile"
 
+soak: $(VENV)/.installed
+	$(PY) tests/soak.py --runs 50 --kills 4 --report outputs
+
 results: $(VENV)/.installed
 	$(PY) run_notebooks.py results outputs/demo README.md
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb
+	$(PY) tests/lint.py
 
 clean:
 	rm -rf $(VENV) .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__

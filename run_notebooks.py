@@ -40,6 +40,7 @@ def run_notebooks(names: list[str], given: dict) -> None:
             near = difflib.get_close_matches(name.upper(), every, n=1, cutoff=0.6)
             problems.append(f"{name} is not a parameter of {', '.join(names)}; "
                             + (f"did you mean {near[0]}?" if near else f"known: {', '.join(every)}."))
+    problems += su.secret_problems(**given)           # papermill writes parameters into the executed notebook
     defaults = {"OUTPUTS": "outputs", "RUN": "demo", **given}
     outputs = su.find_outputs(str(defaults["OUTPUTS"]))
     if wrong := su.run_name(defaults["RUN"]):

@@ -26,11 +26,25 @@ import torch
 from fsspec.spec import AbstractBufferedFile
 
 
+# What tokens of the hub, GitHub, Kaggle, AWS and others look like, and those inside a URL or a header.
+_SECRET = re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-|sk-|KGAT_|xox[bp]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b"
+                     r"|(?<=://)[^/\s@'\"]+(?=@)|(?<=Bearer )[\w.~+/-]{8,}"
+                     r"|(?i:[?&][\w-]*(?:token|key|secret|password|signature|credential)=)[^&\s'\"]+")
+
+
+def redact(text: str) -> str:
+    """The text without what looks like a token or password, and without the values of such environment variables."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search("TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", name) and not re.search("PATH|FILE|DIR", name):
+            text = text.replace(value, "[secret]")
+    return _SECRET.sub("[secret]", text)
+
+
 class ParameterError(ValueError):
-    """Raised before any work starts; the message lists every problem found, one sentence each."""
+    """Raised before any work starts; the message lists every problem found, one sentence each, and no secret."""
 
     def __init__(self, problems: list[str]):
-        self.problems = list(problems)
+        self.problems = [redact(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
     def _render_traceback_(self):          # IPython calls this: a reader needs the sentences, not the stack
@@ -41,11 +55,15 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a run killed at any instant, sees the old content or the new, never a part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:                              # a full disk, the stop button
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -402,7 +420,7 @@ def load_tokenizer(path):
         from tokenmonster_hf import TokenMonsterTokenizer
         return TokenMonsterTokenizer.from_pretrained(str(folder))
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(str(path).removeprefix("hf:"))
+    return AutoTokenizer.from_pretrained(str(path).removeprefix("hf:"), trust_remote_code=False)
 
 
 def tokenizer_problem(path) -> str | None:

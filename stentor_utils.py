@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -43,7 +44,8 @@ from torch.overrides import TorchFunctionMode         # noqa: E402
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
     FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
     documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, source_files, source_names, tokenizer_problem, tokenizer_sha256, write_atomically)
+    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem,
+    tokenizer_sha256, write_atomically)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,8 +102,15 @@ def check_notebook_parameters(namespace: dict, spec: dict) -> None:
             wrong = rule(value)
         if wrong:
             problems.append(f"{name} = {value!r} {wrong}.")
+        problems += secret_problems(**{name: value})
     if problems:
         raise ParameterError(problems)
+
+
+def secret_problems(**values) -> list[str]:
+    """One sentence for each value that holds what looks like a token or password; the sentence does not."""
+    return [f"{name} holds what looks like a secret, and would be kept in clear (executed notebook, run.json): put it into the "
+            "environment instead, such as HF_TOKEN." for name, value in values.items() if redact(repr(value)) != repr(value)]
 
 
 def run_name(value) -> str | None:
@@ -146,9 +155,11 @@ class Shape:
         return self.hidden_size // self.num_attention_heads
 
     def problems(self) -> list[str]:
-        wrong = [f"shape.{f.name} = {getattr(self, f.name)!r} must be a positive whole number."
-                 for f in dataclasses.fields(self)
-                 if f.type == "int" and not (isinstance(getattr(self, f.name), int) and getattr(self, f.name) > 0)]
+        rules = {"int": lambda v: type(v) is int and v > 0, "bool": lambda v: type(v) is bool,
+                 "float": lambda v: not number()(v) and v > 0}
+        kinds = {"int": "a positive whole number", "float": "a number above 0", "bool": "True or False"}
+        wrong = [f"shape.{f.name} = {getattr(self, f.name)!r} must be {kinds[f.type]}."
+                 for f in dataclasses.fields(self) if not rules[f.type](getattr(self, f.name))]
         if wrong:
             return wrong
         if self.hidden_size % self.num_attention_heads:
@@ -319,8 +330,16 @@ class Recipe:
                                 ("adam_beta1", 0, 0.9999999), ("adam_beta2", 0, 0.9999999), ("weight_decay", 0, 10)):
             if reason := number(low, high)(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} {reason}.")
-        if reason := number(0, 0.9999999, optional=True)(self.ema_decay):
-            wrong.append(f"ema_decay = {self.ema_decay!r} {reason}.")
+        layers = None if wrong and wrong[0].startswith("shape.") else self.shape.num_hidden_layers
+        for name, rule in {
+                "ema_decay": number(0, 0.9999999, optional=True), "seed": number(0, 2**31 - 1, integer=True),
+                "max_train_steps": number(1, integer=True, optional=True), "best_eval_start_step": number(0, integer=True),
+                "source_token_budget": number(1, integer=True, optional=True),
+                "fp32_critical_first": number(0, layers, integer=True), "fp32_critical_last": number(0, layers, integer=True),
+                **{f.name: lambda value: None if isinstance(value, bool) else "must be True or False"
+                   for f in dataclasses.fields(self) if f.type == "bool"}}.items():
+            if reason := rule(getattr(self, name)):
+                wrong.append(f"{name} = {getattr(self, name)!r} {reason}.")
         for name, allowed in (("lr_scheduler_type", ("cosine", "warmup_stable_decay", "cosine_with_restart")),
                               ("optimizer", (None, "paged_adamw_32bit")),
                               ("budget_check", ("step", "micro_batch")), ("mixed_precision", ("no", "fp16", "bf16")),
@@ -328,18 +347,20 @@ class Recipe:
                               ("attn_implementation", ("sdpa", "eager"))):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-        if not wrong and self.block_size > self.shape.max_position_embeddings:
+        bad = {sentence.split(" = ")[0] for sentence in wrong}
+        if not bad & {"block_size", "shape.max_position_embeddings"} and self.block_size > self.shape.max_position_embeddings:
             wrong.append(f"block_size = {self.block_size} is longer than max_position_embeddings = "
                          f"{self.shape.max_position_embeddings}.")
-        if not wrong and self.lr_scheduler_type == "warmup_stable_decay" and self.warmup_ratio + self.stable_ratio > 1:
+        if not bad & {"warmup_ratio", "stable_ratio"} and self.lr_scheduler_type == "warmup_stable_decay" and (
+                self.warmup_ratio + self.stable_ratio > 1):
             wrong.append(f"warmup_ratio + stable_ratio = {self.warmup_ratio + self.stable_ratio:g} must be at most 1.")
         if not self.sources:
             wrong.append("sources is empty: name at least one.")
-        elif not sum(s.weight for s in self.sources) > 0 or any(s.weight < 0 for s in self.sources):
+        elif any(number(0)(s.weight) for s in self.sources) or not sum(s.weight for s in self.sources) > 0:
             wrong.append("the weights of the sources must be 0 or more, and not all 0.")
         if self.anneal_weights is not None and len(self.anneal_weights) != len(self.sources):
             wrong.append(f"anneal_weights has {len(self.anneal_weights)} weights for {len(self.sources)} sources.")
-        return wrong
+        return wrong + secret_problems(tokenizer=self.tokenizer, sources=[source.path for source in self.sources])
 
     def scaled_to(self, profile: str) -> Recipe:
         """The small twin of this recipe for `profile` "cpu": the same code path on 2 CPU cores and the embedded corpus.
@@ -770,17 +791,53 @@ def save_model_folder(model, tokenizer, folder) -> None:
 
     peft adapters are merged into a copy of the base weights first, so the folder loads where there is no peft.
     """
+    from safetensors import SafetensorError
     folder = Path(folder)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.[0-9]*"):                 # what a killed run left half-written
+        shutil.rmtree(left, ignore_errors=True)
     use_cache, model.config.use_cache = model.config.use_cache, True          # generation wants it, training not
-    model.save_pretrained(temporary)
-    model.config.use_cache = use_cache
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    _replace_folder(temporary, folder)
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _replace_folder(temporary, folder)
+    except SafetensorError as error:                  # its own name for a write that failed
+        raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
+    finally:
+        model.config.use_cache = use_cache
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_model(folder, **settings):
+    """AutoModelForCausalLM from a folder (or hub name) that nobody vouches for: safetensors only, and none of its code.
+
+    settings: as for from_pretrained. Raises ParameterError, in one sentence, for pickled weights, code (auto_map), a kind of
+    model that transformers does not have, a LoRA adapter, an index that points out of the folder, or damaged files.
+    """
+    from transformers import AutoModelForCausalLM
+    path, problem = Path(folder), None
+    try:
+        if path.is_dir():
+            config = json.loads((path / "config.json").read_text())
+            index = path / "model.safetensors.index.json"
+            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+            if "auto_map" in config:
+                problem = "its config.json asks for code from elsewhere (auto_map)"
+            elif (path / "adapter_config.json").exists():
+                problem = "it holds a LoRA adapter, which names another model to load: merge the two first"
+            elif strange := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
+                problem = f"its index names {strange[0]!r}, which is not a .safetensors file of this folder"
+            elif missing := [name for name in files if not (path / name).is_file()]:
+                problem = f"{missing[0]} is not there (pickled weights, such as pytorch_model.bin, are never opened)"
+        if not problem:
+            return AutoModelForCausalLM.from_pretrained(str(folder).removeprefix("hf:"), trust_remote_code=False,
+                                                        use_safetensors=True, **settings)
+    except Exception as error:                        # whatever a crafted file makes of the parsers
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise ParameterError([f"{folder} cannot be loaded as a model: {problem}."])
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
@@ -822,60 +879,88 @@ def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tenso
     from safetensors.torch import save
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*"):               # what a killed run left half-written
+    for left in folder.glob(".*step-*"):              # what a killed run left half-written
         shutil.rmtree(left, ignore_errors=True)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}"
-    temporary.mkdir()
     files = {f"{name}.safetensors": save({key: value.contiguous() for key, value in group.items()})
              for name, group in tensors.items()}
     files["state.json"] = json.dumps(state, indent=1).encode()
     manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
-    for name, data in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
-        with open(temporary / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        temporary.mkdir()
+        for name, data in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+            with open(temporary / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:                             # a full disk: give back what this took of it
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _fsync_folder(temporary)
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():                                # between the two renames only the temporary one is there: see
+        os.rename(final, folder / f".old-{final.name}")       # load_checkpoint
     os.rename(temporary, final)
     _fsync_folder(folder)
+    good = [path for path in checkpoint_folders(run_dir) if int(path.name[5:]) <= state.get("good_step", -1)][-1:]
     for old in checkpoint_folders(run_dir)[:-keep]:
-        gone = old.with_name("." + old.name)          # renamed first: a half-deleted one must not look complete
-        os.rename(old, gone)
+        if old not in good:                           # renamed first: a half-deleted one must not look complete
+            os.rename(old, old.with_name(f".old-{old.name}"))
+    for gone in folder.glob(".old-step-*"):
         shutil.rmtree(gone)
     return final
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """(tensors, state) of one checkpoint, every file verified before it is parsed; CheckpointError says what is wrong.
+
+    A file is opened only if it is a regular file of this folder with one of the names that save_checkpoint gives.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    try:
+        manifest, data = json.loads((folder / "manifest.json").read_text()), {}
+        for name in {"model.safetensors", "optimizer.safetensors", "state.json", *manifest}:
+            if name not in manifest:
+                raise CheckpointError(f"manifest.json does not list {name}")
+            if not re.fullmatch(r"[a-z]+\.safetensors|state\.json", name) or (folder / name).is_symlink():
+                raise CheckpointError(f"{name!r} is not a file of a checkpoint")
+            data[name] = (folder / name).read_bytes()
+            if hashlib.sha256(data[name]).hexdigest() != manifest[name]["sha256"]:
+                raise CheckpointError(f"{name} does not match its hash")
+        state = json.loads(data.pop("state.json"))
+        if not isinstance(state, dict):
+            raise CheckpointError("state.json is not an object")
+        return {name.removesuffix(".safetensors"): load(value) for name, value in data.items()}, state
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
 def verify_checkpoint(folder: Path) -> str | None:
     """What is wrong with a checkpoint ("model.safetensors does not match its hash"), or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name in {"model.safetensors", "optimizer.safetensors", "state.json", *manifest}:
-            if name not in manifest:
-                return f"manifest.json does not list {name}"
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != manifest[name]["sha256"]:
-                return f"{name} does not match its hash"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
+        read_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
 
 
-def load_checkpoint(run_dir, say=print) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
-    """(tensors, state) of the newest checkpoint that verifies; None when there is none.
+def load_checkpoint(run_dir, say=print, newest: float = math.inf) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
+    """(tensors, state) of the newest checkpoint, up to step `newest`, that verifies; None when there is none.
 
     A bad one is set aside (renamed to bad-step-N) and said so. Raises CheckpointError when there are only bad ones:
     starting again from step 0 must be somebody's decision.
     """
-    from safetensors.torch import load
-    folders = checkpoint_folders(run_dir)
+    for left in (Path(run_dir) / "checkpoints").glob(".step-*"):
+        complete = left.with_name(left.name[1:])      # killed right before its last rename
+        if not complete.exists() and not verify_checkpoint(left):
+            os.rename(left, complete)
+    folders = [folder for folder in checkpoint_folders(run_dir) if int(folder.name[5:]) <= newest]
     for folder in reversed(folders):
-        if problem := verify_checkpoint(folder):
+        try:
+            return read_checkpoint(folder)
+        except CheckpointError as problem:
             os.rename(folder, folder.with_name(f"bad-{folder.name}-{time.time_ns()}"))
             say(f"checkpoint {folder.name} set aside: {problem}")
-            continue
-        tensors = {path.stem: load(path.read_bytes()) for path in folder.glob("*.safetensors")}
-        return tensors, json.loads((folder / "state.json").read_text())
     if folders or list((Path(run_dir) / "checkpoints").glob("bad-*")):
         raise CheckpointError(f"no checkpoint under {run_dir}/checkpoints can be read (all set aside as bad-...); delete "
                               "that folder to start from step 0.")
@@ -1095,7 +1180,8 @@ class Engine:
         if self.scaler.is_enabled():
             self.scaler.update()                      # halves the scale after an overflow, doubles it after 2,000 good steps
         optimizer.zero_grad(set_to_none=True)
-        self.window = self.window + self.sum_tensor(loss)
+        loss = self.sum_tensor(loss)
+        self.window = self.window + loss if finite else self.window
         return finite
 
     def read(self) -> dict:
@@ -1246,6 +1332,12 @@ class RunLock:
     def release(self):
         self.file.close()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):                           # also after an error, whose traceback would keep the lock alive
+        self.release()
+
 
 def run_fingerprint(recipe: Recipe, store) -> dict:
     """What must be equal for a checkpoint to be continued; cadences and micro-batch sizes may change, these may not."""
@@ -1268,12 +1360,24 @@ class Metrics:
         self.path = self.folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows = [json.loads(line) for line in lines[:keep_lines]]        # later ones are trained again
-        write_atomically(self.path, "".join(line + "\n" for line in lines[:keep_lines]))
+        self.write()
+
+    def write(self):
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.whole = True
 
     def add(self, **row):
         self.rows.append(row)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:                               # the disk is full: `complete` comes before the next checkpoint
+            self.whole = False
+
+    def complete(self):
+        """Every row is in the file, or OSError."""
+        if not self.whole:
+            self.write()
 
     def write_curves(self, final_step: int | None = None):
         lines = ["step,epoch,train_loss,eval_loss,eval_ppl,note"]
@@ -1287,6 +1391,15 @@ class Metrics:
         write_atomically(self.folder / "training_curves.csv", "\n".join(lines) + "\n")
 
 
+SPIKE = 2.0                # nats/token above its running mean at which a logged loss means that the run has come apart
+NONFINITE_IN_A_ROW = 10    # steps: fp16's first scale, 65,536, is down to 64 by then
+ROLLBACKS = 2              # of a run; the next trouble stops it
+
+
+class TrainingDiverged(RuntimeError):
+    """The run came apart again after it had gone back to a good checkpoint; the message says where, and what to try."""
+
+
 def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadline_hours: float | None = None, say=None
           ) -> dict:
     """Train, or go on with, the run in `run_dir`; the only training loop there is.
@@ -1298,18 +1411,35 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     recipe's shape and precision techniques; only what requires gradients is trained and kept in checkpoints, and its start
     weights are part of what a checkpoint must match. Writes checkpoints/, metrics.jsonl, training_curves.csv, best/, final/ and
     summary.json; returns what summary.json holds.
-    SIGTERM and SIGINT finish the step, save, and raise SystemExit(143) or KeyboardInterrupt. `deadline_hours` after its
-    start the loop saves and returns with "stopped": "deadline" instead of final/; the same call goes on from there.
-    Raises ParameterError for a folder in use, CheckpointError for a checkpoint of another run.
+    SIGTERM and SIGINT finish the step (an evaluation is cut short), save, and raise SystemExit(143) or KeyboardInterrupt.
+    Before `deadline_hours` after its start, early enough for what comes next and a save three times as slow as the slowest so
+    far, the loop saves and returns with "stopped": "deadline" instead of final/; the same call goes on from there.
+    NONFINITE_IN_A_ROW skipped steps, or a logged loss SPIKE above its running mean: back to the weights of the last evaluation
+    that was not so, and on with the next batch; what decides is in the checkpoint, so a resumed run decides the same.
+    Raises ParameterError for a folder in use, CheckpointError for a checkpoint of another run, TrainingDiverged at the third
+    trouble, TrainingFailed when final/ finds no room (a checkpoint that finds none is only warned of).
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     engine = find_engine(recipe.mixed_precision, run_dir / "xla-cache")
+    say = (say or (lambda text: print(text, flush=True))) if engine.rank == 0 else (lambda text: None)
+    with RunLock(run_dir) if engine.rank == 0 else contextlib.nullcontext():
+        try:
+            return _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise TrainingFailed(f"{run_dir} has no room ({error.strerror}); its last checkpoint is kept: free some space and "
+                                 "run the same again.") from error
+
+
+def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say) -> dict:
     main = engine.rank == 0
-    say = say or (lambda text: print(text, flush=True))
-    say = say if main else (lambda text: None)
-    lock = RunLock(run_dir) if main else None
     started = time.monotonic()
+    made_for = store.manifest.get("fingerprint", {}).get("tokenizer_sha256")
+    if tokenizer is not None and made_for and made_for != tokenizer_sha256(tokenizer):
+        raise ParameterError([f"the token store was made by the tokenizer {made_for[:12]}, given is "
+                              f"{tokenizer_sha256(tokenizer)[:12]} (sha256); use the one it was made by."])
 
     # model, precision, optimiser
     if tokenizer is not None:
@@ -1337,12 +1467,20 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     # where to begin
     fingerprint = run_fingerprint(recipe, store) | start_weights
     state = {"step": 0, "updates": 0, "skipped_steps": 0, "best_eval_loss": None, "best_step": None, "seconds": 0.0,
-             "evaluated_step": -1, "metrics_lines": 0, "scaler": {}, "window": [0.0, 0], "fingerprint": fingerprint}
-    if loaded := load_checkpoint(run_dir, say):
+             "evaluated_step": -1, "metrics_lines": 0, "scaler": {}, "window": [0.0, 0, 0], "fingerprint": fingerprint,
+             # for going back: the last evaluation that was good, skipped steps in a row, the loss's running mean
+             "good_step": -1, "nonfinite": 0, "loss_level": None, "rollbacks": []}
+    if not main:
+        engine.sum(0)                                 # process 0 reads first: it sets bad checkpoints aside
+    loaded = load_checkpoint(run_dir, say)
+    if main:
+        engine.sum(0)
+    if loaded:
         tensors, saved = loaded
-        different = [f"{key} is {json.dumps(saved['fingerprint'].get(key))[:80]} in the checkpoint, "
-                     f"{json.dumps(fingerprint.get(key))[:80]} in this run" for key in {**saved["fingerprint"], **fingerprint}
-                     if saved["fingerprint"].get(key) != fingerprint.get(key)]
+        theirs = saved.get("fingerprint") or {"fingerprint": None}
+        different = [f"{key} is {json.dumps(theirs.get(key))[:80]} in the checkpoint, "
+                     f"{json.dumps(fingerprint.get(key))[:80]} in this run" for key in {**theirs, **fingerprint}
+                     if theirs.get(key) != fingerprint.get(key)]
         if different:
             raise CheckpointError(f"{run_dir} holds checkpoints of another run: " + "; ".join(different)
                                   + ". Choose another RUN, or delete its checkpoints folder.")
@@ -1356,24 +1494,69 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     engine.begin(recipe, state, say)
 
     def save():
+        nonlocal saved_step
+        began = time.monotonic()
         progress = engine.read()
         state.update({key: progress[key] for key in ("updates", "skipped_steps")})
         if main:
             tensors = checkpoint_tensors(model, optimizer, names)
             if averages:
                 tensors["ema"] = {name: average.cpu() for name, average in zip(names.values(), averages)}
-            save_checkpoint(run_dir, state["step"], tensors,
-                            {**state, "scaler": engine.scaler.state_dict(), "metrics_lines": len(metrics.rows),
-                             "window": [progress["window_loss"], window_steps], "seconds": elapsed()}, recipe.save_total_limit)
-            if hasattr(store, "release"):             # of a store that is filled meanwhile: what no checkpoint needs any more
-                store.release(int(checkpoint_folders(run_dir)[0].name[5:]))
+            try:
+                metrics.complete()
+                save_checkpoint(run_dir, state["step"], tensors,
+                                {**state, "scaler": engine.scaler.state_dict(), "metrics_lines": len(metrics.rows),
+                                 "window": [progress["window_loss"], window_steps, window_skipped], "seconds": elapsed()},
+                                recipe.save_total_limit)
+                saved_step = state["step"]
+                if hasattr(store, "release"):         # of a store that is filled meanwhile: what no checkpoint needs any more
+                    store.release(int(checkpoint_folders(run_dir)[0].name[5:]))
+            except OSError as error:                  # a full disk costs a checkpoint, not the training
+                kept = "there is none yet" if saved_step is None else f"the last one, of step {saved_step:,}, is kept"
+                say(f"WARNING: no checkpoint at step {state['step']:,} ({error.strerror}); {kept}. Free some space under "
+                    f"{run_dir}.")
+        slowest["save"] = max(slowest["save"], time.monotonic() - began)
+
+    def go_back(why):
+        """Weights and optimiser of the last good checkpoint; the batches since then are left out."""
+        step, found = state["step"], None
+        if len(state["rollbacks"]) < ROLLBACKS:
+            found = load_checkpoint(run_dir, say, newest=state["good_step"])
+        if not found:
+            before = "; ".join(f"back from step {b:,} to {a:,} because {reason}" for a, b, reason in state["rollbacks"])
+            raise TrainingDiverged(f"training came apart at step {step:,}: {why} ({before or 'no good checkpoint yet'}); the "
+                                   f"learning rate was {engine.read()['learning_rate']:.2e}. Lower learning_rate or lengthen "
+                                   "warmup_ratio under another RUN, and look at the batches of these steps.")
+        tensors, saved = found
+        optimizer.state.clear()
+        restore(model, optimizer, names, tensors)
+        for name, average in zip(names.values(), averages):
+            average.copy_(tensors["ema"][name])
+        state["rollbacks"].append([saved["step"], step, why])
+        state.update(updates=saved["updates"], loss_level=saved["loss_level"], nonfinite=0,
+                     window=[0.0, 0, state["skipped_steps"]])
+        engine.begin(recipe, state, say)              # the loss scale stays where it has fallen to
+        if main:
+            metrics.add(kind="rollback", step=step, good_step=saved["step"], reason=why, elapsed_seconds=elapsed())
+        say(f"step {step:>6,} | {why}: back to the weights of step {saved['step']:,}, the batches since then left out "
+            f"({len(state['rollbacks'])} of {ROLLBACKS})")
 
     def elapsed():
         return state["seconds"] + time.monotonic() - started
 
-    stop = []                                         # filled by a signal; looked at between steps
-    handlers = {number: signal.signal(number, lambda received, frame: stop.append(received))
-                for number in (signal.SIGTERM, signal.SIGINT)}        # on every process: torchrun passes SIGTERM to all
+    def asked_to_stop(seconds):
+        """Why to stop before something that takes `seconds`, or None."""
+        left = deadline_hours * 3600 - (time.monotonic() - started) if deadline_hours else math.inf
+        return stop_reason(engine, stop, left - seconds - 3 * slowest["save"])
+
+    stop, can_be_cut = [], []                         # filled by a signal and looked at between steps; not empty: raise at once
+
+    def on_signal(received, frame):
+        stop.append(received)
+        if can_be_cut:
+            can_be_cut.clear()
+            raise CutShort
+
     if hasattr(store, "evaluate"):
         measure = store.evaluate
     else:
@@ -1394,9 +1577,12 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
 
     per_device = engine.micro_batch(parallel, store.batch(min(state["step"], recipe.total_steps - 1)),
                                     recipe.per_device_train_batch_size, say)
-    first_step, last_save, slowest_save = state["step"], time.monotonic(), 1.0
+    first_step, last_save, saved_step = state["step"], time.monotonic(), state["step"] if loaded else None
+    slowest = {"save": 1.0, "evaluation": 0.0, "step": 0.0}          # seconds, in this session
     # since the last line of the log: the steps (in the checkpoint, so that a resumed log is the same), and the clocks
-    window_steps, window_time, window_tokens, wait, stopped = state["window"][1], 0.0, 0, 0.0, None
+    (_, window_steps, window_skipped), window_time, window_tokens, wait, stopped = state["window"], 0.0, 0, 0.0, None
+    handlers = {number: signal.signal(number, on_signal)              # on every process: torchrun passes SIGTERM to all
+                for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while True:
             step = state["step"]
@@ -1404,14 +1590,23 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
             last = step >= recipe.total_steps
             due = step % recipe.eval_steps == 0 or step % recipe.best_eval_steps == 0 or last
             if due and state["evaluated_step"] != step:
-                if step:
-                    save()
-                    last_save = time.monotonic()
-                with weights_swapped(list(names), averages):
-                    result = measure(model, engine)
+                save()
+                last_save = began = time.monotonic()
+                if stopped := asked_to_stop(slowest["evaluation"]):
+                    break
+                try:
+                    with weights_swapped(list(names), averages), cut_short_by_a_signal(can_be_cut, engine):
+                        result = measure(model, engine)
+                except CutShort:
+                    stopped = asked_to_stop(0)
+                    break
+                slowest["evaluation"] = max(slowest["evaluation"], time.monotonic() - began)
                 state["evaluated_step"] = step
+                if result["loss"] < (state["best_eval_loss"] or math.inf) + SPIKE and not state["nonfinite"]:
+                    state["good_step"] = step
                 best = step >= recipe.best_eval_start_step and (state["best_eval_loss"] is None
                                                                 or result["loss"] < state["best_eval_loss"])
+                before = {key: state[key] for key in ("best_eval_loss", "best_step")}
                 if best:
                     state.update(best_eval_loss=result["loss"], best_step=step)
                 if main:
@@ -1420,16 +1615,21 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
                     metrics.add(kind="eval", step=step, tokens=min(round(step * step_tokens), all_tokens),
                                 epoch=store.epoch(step), loss=result["loss"], perplexity=result["perplexity"],
                                 bits_per_byte=result["bits_per_byte"], best=best, elapsed_seconds=elapsed(), **extra)
-                    metrics.write_curves(final_step=step if last else None)
-                    if best and step:
-                        with weights_swapped(list(names), averages):
-                            save_model_folder(engine.on_cpu(model), tokenizer, run_dir / "best")
+                    try:
+                        metrics.write_curves(final_step=step if last else None)
+                        if best and step:
+                            with weights_swapped(list(names), averages):
+                                save_model_folder(engine.on_cpu(model), tokenizer, run_dir / "best")
+                    except OSError as error:
+                        state.update(before)          # best/ still holds what it held: the next better one is written again
+                        say(f"WARNING: best/ could not be written at step {step:,} ({error.strerror})")
                     say(f"step {step:>6,} | eval loss {result['loss']:.4f} | perplexity {result['perplexity']:,.2f} | "
                         f"{result['bits_per_byte']:.4f} bits per byte" + (" | best so far" if best and step else ""))
             if last:
                 break
-            if stopped := stop_reason(engine, stop, started, deadline_hours, slowest_save):
+            if stopped := asked_to_stop(slowest["step"]):
                 break
+            lap = time.monotonic()
 
             # One optimiser step over the global batch. What it draws at random is a function of (seed, step, rank).
             began = time.monotonic()
@@ -1443,9 +1643,13 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
             done = engine.step(parallel, optimizer, batch, per_device)
             if done and averages:
                 update_ema(averages, list(names), recipe.ema_decay, engine.updates - 1)
+            state["nonfinite"] = state["nonfinite"] + 1 if done is False else 0
             if done is False:
                 say(f"step {step + 1:>6,} | gradient is not finite: step skipped"
                     + (f", loss scale {engine.loss_scale:,.0f}" if engine.scaler.is_enabled() else ""))
+                if main:
+                    metrics.add(kind="skipped", step=step + 1, batch=step, loss_scale=engine.loss_scale)
+            in_a_row, trouble = state["nonfinite"], None
             state["step"] = step = step + 1
 
             # the log
@@ -1468,8 +1672,17 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
                 began = time.monotonic()
                 progress = engine.read()
                 window_time += time.monotonic() - began
-                mean, rate = progress["window_loss"] / window_steps, window_tokens / window_time
-                if main:
+                skipped = progress["skipped_steps"] - window_skipped
+                mean, rate = progress["window_loss"] / max(1, window_steps - skipped), window_tokens / window_time
+                if done is None:                      # XLA tells only now: as many in one window count as in a row
+                    in_a_row = skipped
+                level = state["loss_level"]
+                if window_steps > skipped:
+                    if level is not None and not mean <= level + SPIKE:
+                        trouble = f"the loss rose to {mean:.2f} from about {level:.2f}"
+                    else:
+                        state["loss_level"] = mean if level is None else 0.9 * level + 0.1 * mean
+                if main and window_steps > skipped:
                     metrics.add(kind="train", step=step, tokens=min(round(step * step_tokens), all_tokens),
                                 epoch=store.epoch(step), loss=mean, learning_rate=progress["learning_rate"],
                                 grad_norm=progress["grad_norm"], loss_scale=progress["loss_scale"],
@@ -1479,13 +1692,20 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
                 say(f"step {step:>6,}/{recipe.total_steps:,} | loss {mean:.4f} | lr {progress['learning_rate']:.2e} | "
                     f"{rate:,.0f} tokens/s | {duration(left)} left")
                 engine.clear_window()
-                window_steps, window_time, window_tokens, wait = 0, 0.0, 0, 0.0
-            if time.monotonic() - last_save > 60 * recipe.save_every_minutes:
-                began = time.monotonic()
+                window_steps, window_time, window_tokens, wait, window_skipped = 0, 0.0, 0, 0.0, progress["skipped_steps"]
+            if in_a_row >= NONFINITE_IN_A_ROW:
+                trouble = f"the gradients of {in_a_row} steps in a row were not finite"
+            if trouble:
+                state["skipped_steps"] = engine.read()["skipped_steps"]
+                go_back(trouble)
+                window_steps, window_time, window_tokens, wait, window_skipped = 0, 0.0, 0, 0.0, state["skipped_steps"]
+            slowest["step"] = max(slowest["step"], time.monotonic() - lap)
+            if trouble or time.monotonic() - last_save > 60 * recipe.save_every_minutes:
                 save()
                 last_save = time.monotonic()
-                slowest_save = max(slowest_save, last_save - began)
-        save()
+        if not stopped or saved_step != state["step"]:
+            save()
+        stopped = stopped or asked_to_stop(slowest["evaluation"])    # final/ can wait for the next session
     finally:
         for number_, handler in handlers.items():
             signal.signal(number_, handler)
@@ -1502,9 +1722,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
         with weights_swapped(list(names), averages):
             save_model_folder(engine.on_cpu(model), tokenizer, run_dir / "final")
         # What is reported is measured on what was saved, read back as anybody would.
-        from transformers import AutoModelForCausalLM
-        saved = engine.place(AutoModelForCausalLM.from_pretrained(run_dir / "final",
-                                                                  attn_implementation=engine.attention("sdpa")))
+        saved = engine.place(load_model(run_dir / "final", attn_implementation=engine.attention("sdpa")))
         result = measure(saved, engine if engine.world_size == 1 else None)
         rates = [row["tokens_per_second"] for row in metrics.rows if row["kind"] == "train"]
         summary |= {"eval_loss": result["loss"], "perplexity": result["perplexity"],
@@ -1513,10 +1731,10 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     if main:
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
     engine.close()
-    if lock:
-        lock.release()
     if stopped:
-        say(f"stopped at step {state['step']:,} of {recipe.total_steps:,} ({stopped}); saved. Run the same again to go on.")
+        say(f"stopped at step {state['step']:,} of {recipe.total_steps:,} ({stopped}); "
+            + ("saved" if saved_step == state["step"] else f"last saved at step {saved_step}")
+            + ". Run the same again to go on.")
     if stopped == "SIGINT":
         raise KeyboardInterrupt
     if stopped == "SIGTERM":
@@ -1524,11 +1742,21 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     return summary
 
 
-def stop_reason(engine: Engine, received: list, started: float, deadline_hours: float | None, slowest_save: float):
+class CutShort(BaseException):
+    """A signal came during an evaluation."""
+
+
+@contextlib.contextmanager
+def cut_short_by_a_signal(can_be_cut: list, engine: Engine):
+    """Inside the block a signal need not wait: all is saved. Several processes do wait: they could not leave together."""
+    can_be_cut += [True] * (engine.world_size == 1)
+    yield
+    can_be_cut.clear()
+
+
+def stop_reason(engine: Engine, received: list, seconds_to_spare: float):
     """"SIGTERM", "SIGINT" or "deadline" when the loop is to save and stop now, else None; the same on every process."""
-    code = int(received[0]) if received else 0
-    if not code and deadline_hours and time.monotonic() - started > deadline_hours * 3600 - 3 * slowest_save:
-        code = -1
+    code = int(received[0]) if received else -1 if seconds_to_spare < 0 else 0
     if engine.world_size > 1:
         code = int(engine.sum(code if engine.rank == 0 else 0)[0])
     return {0: None, -1: "deadline"}.get(code) or (signal.Signals(code).name if code > 0 else None)
@@ -1559,7 +1787,10 @@ def checkpoint_tensors(model, optimizer, names: dict) -> dict[str, dict[str, tor
 
 def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     """Put a checkpoint's tensors back; every key must be there."""
-    missing, unexpected = model.load_state_dict(tensors["model"], strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(tensors["model"], strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:200]}") from error
     missing = [key for key in missing if not (key == "lm_head.weight" and model.config.tie_word_embeddings)
                and key not in frozen(model)]
     if missing or unexpected:
@@ -1567,6 +1798,8 @@ def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Te
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors["optimizer"].items():
         name, _, moment = key.rpartition(".")
+        if name not in by_name:
+            raise CheckpointError(f"the checkpoint does not fit the model: {key!r} belongs to none of its parameters.")
         parameter = by_name[name]
         on_host = moment == "step" and not optimizer.defaults.get("capturable")
         optimizer.state[parameter][moment] = value.clone() if on_host else value.clone().to(parameter.device)
@@ -1639,6 +1872,9 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     """
     say = say or (lambda text: print(text, flush=True))
     run_dir = Path(run_dir)
+    if problems := secret_problems(store_dir=str(store_dir), tokenizer_dir=str(tokenizer_dir), run_dir=str(run_dir),
+                                   recipe=json.dumps(recipe.to_dict())):
+        raise ParameterError(problems)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "run.json", json.dumps({
         "recipe": recipe.to_dict(), "store": os.path.relpath(store_dir, run_dir),
@@ -1663,6 +1899,7 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     tail = []
     try:
         for line in process.stdout:
+            line = redact(line)                       # an exception may hold a URL or a header with a token
             say(line.rstrip("\n"))
             tail = (tail + [line])[-60:]
         code = process.wait()
@@ -1735,11 +1972,15 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m stentor_utils train RUN_JSON", file=sys.stderr)
         return 2
     faulthandler.enable()                             # a crash in native code says where it was
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # where train() does not take it: before and after its loop
     try:
         fill_from_file(*arguments[1:]) if filling else train_from_file(arguments[1])
     except (ParameterError, CheckpointError, SourceError, FeedStopped) as error:
         print(error, file=sys.stderr)
         return 2
+    except (TrainingDiverged, TrainingFailed) as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -254,7 +254,7 @@ class XlaEngine:
             for tensor, old in zip(tensors, before):  # a gradient that is not finite leaves everything as it was
                 tensor.copy_(torch.where(finite, tensor, old))
             self.updates = self.updates + finite.int()    # a skipped step does not advance the schedule
-            self.window = self.window + loss
+            self.window = self.window + torch.where(finite, loss, torch.zeros_like(loss))
             self.grad_norm = grad_norm
         optimizer.zero_grad(set_to_none=True)
 

@@ -18,12 +18,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch is imported
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(folder):
     """A namespace: recipe (70k parameters, 24 steps), tokenizer, tokenizer_dir, store_dir, source; real English text."""
     from pydoc_data.topics import topics
 
     import stentor_utils as su
     import tokenmonster_hf as tm
-    folder = tmp_path_factory.mktemp("tiny")
     with open(folder / "topics.jsonl", "w") as file:
         for name in sorted(topics):
             file.write(json.dumps({"text": topics[name]}) + "\n")

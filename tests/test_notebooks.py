@@ -13,6 +13,7 @@ from conftest import REPO
 import run_notebooks
 
 CHAIN = ["01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"]
+CANARIES = {name: f"canary-{name}-Canary7Canary7" for name in ("HF_TOKEN", "KAGGLE_KEY", "WANDB_API_KEY", "AWS_SECRET_KEY")}
 
 
 def run(*parameters, notebooks=CHAIN, **env):
@@ -24,7 +25,8 @@ def run(*parameters, notebooks=CHAIN, **env):
 def chain(tmp_path_factory):
     """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]")
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", **CANARIES)
+    assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return outputs / "chain", done.stdout
 
@@ -114,6 +116,15 @@ def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
     found = json.loads((benchmark / "contamination.json").read_text())["tasks"]
     assert sum(task["items"] for task in found.values()) == len(items)
     assert (benchmark / "benchmark.png").stat().st_size > 5_000
+
+
+def test_no_secret_of_the_environment_is_in_what_was_made(chain):
+    """Executed notebooks, logs, metrics, model folders, charts: every byte that the chain wrote."""
+    files = [path for path in chain[0].rglob("*") if path.is_file()]
+    assert len(files) > 30
+    for path in files:
+        data = path.read_bytes()
+        assert not any(canary.encode() in data for canary in CANARIES.values()), path
 
 
 def test_running_again_keeps_the_finished_model(chain):
