@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -265,7 +266,11 @@ def benchmarks(facts: Facts) -> str:
         place = ("benchmark/contamination.json", "tasks")
         hits, checked = (facts.derive(lambda rows, key=key: sum(row[key] for row in rows.values()), ",",
                                       f"sum of tasks.*.{key}", place) for key in ("contaminated", "items_checked"))
-        lines += ["", f"Of {checked} items checked, {hits} share thirteen words in a row with the training text."]
+        short, whole = (facts.derive(lambda rows, key=key: sum(row[key] for row in rows.values()), ",",
+                                     f"sum of tasks.*.{key}", place) for key in ("short_checked", "short_found"))
+        words = facts.show(place[0], "ngram")
+        lines += ["", f"Contamination: of {checked} items of {words} words or more, {hits} share {words} words in a row with "
+                  f"the training text; of {short} shorter ones, {whole} stand in it whole."]
     else:
         lines += ["", f"Contamination of the training text by benchmark items: {NOT_MEASURED}."]
     return "\n".join(lines)
@@ -281,15 +286,7 @@ def instruct(facts: Facts) -> str:
              f"recipe *{facts.show(file, 'deliver', form=cell)}*, {facts.show(file, 'examples')} examples, "
              f"{facts.show(file, 'held_out')} held out.", ""]
     delivered = f"{facts.get(file, 'deliver')}-{facts.get(file, 'seeds', 0)}"
-    phases = [(i, row) for i, row in enumerate(facts.get(file, "phases") or [])
-              if f"{row.get('recipe')}-{row.get('seed')}" == delivered]
-    if phases:
-        lines += ["| phase | examples | steps | loss before | loss after |", "|---|---|---|---|---|"]
-        for i, _ in phases:
-            show = [facts.show(file, "phases", i, "phase", form=cell)]
-            show += [facts.show(file, "phases", i, key) for key in ("examples", "steps")]
-            show += [facts.show(file, "phases", i, key, form=".4f") for key in ("loss_before", "loss_after")]
-            lines.append("| " + " | ".join(show) + " |")
+    lines += phases(facts, file)
     models = facts.get(probe, "models") or {}
     for suite in (models.get(delivered) or {}).get("scores", {}):
         if not suite.endswith("greedy"):
@@ -306,6 +303,24 @@ def instruct(facts: Facts) -> str:
                 shares.append(NOT_MEASURED if share == NOT_MEASURED else f"{share} [{low}, {high}]")
             lines.append(f"| {facts.name(probe, 'models', delivered, 'scores', suite, key)} | " + " | ".join(shares) + " |")
     return "\n".join(lines) + "\n"
+
+
+def phases(facts: Facts, file: str) -> list[str]:
+    """A row for each phase of the delivered recipe: losses from the phase's own metrics, the rest from the summary."""
+    lines = ["| phase | examples | steps | loss before | loss after |", "|---|---|---|---|---|"]
+    for number in range(1, 100):
+        metrics = f"instruct/sft_metrics-{facts.get(file, 'deliver')}-phase{number}.jsonl"
+        evaluated = [i for i, row in enumerate(facts.read(metrics) or []) if row.get("kind") == "eval"]
+        if not evaluated:
+            break
+        last = facts.get(metrics, evaluated[-1], "loss")
+        rows = facts.get(file, "phases") or []
+        at = next((i for i, row in enumerate(rows) if (row.get("number"), row.get("loss_after")) == (number, last)), len(rows))
+        show = [facts.show(file, "phases", at, "phase", form=cell)]
+        show += [facts.show(file, "phases", at, key) for key in ("examples", "steps")]
+        show += [facts.show(metrics, i, "loss", form=".4f") for i in (evaluated[0], evaluated[-1])]
+        lines.append("| " + " | ".join(show) + " |")
+    return lines if len(lines) > 2 else []
 
 
 def curves(facts: Facts) -> str:
@@ -329,7 +344,7 @@ def curves(facts: Facts) -> str:
 
 def card_charts(folder: Path) -> list[str]:
     """The charts that 06 drew and the card shows."""
-    return [name for name in ("loss", "bits_per_byte", "benchmark", "blimp", "sft")
+    return [name for name in ("loss", "bits_per_byte", "benchmark", "blimp", "sft", "probe")
             if (Path(folder) / "charts" / f"{name}.png").is_file()]
 
 
@@ -795,3 +810,87 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
     except Exception as error:                        # yaml's own errors, and huggingface_hub's, have no common base
         problems.append(f"huggingface_hub cannot parse the card's metadata: {str(error).splitlines()[0]}.")
     return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Publishing. Off unless called, a dry run unless told otherwise, private always.
+
+UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png"}     # what a model folder is made of
+SECRETS = {                                           # as bytes: they are looked for in every file, weights included
+    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}", "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,})",
+    "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b", "an OpenAI or Anthropic key": rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}",
+    "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{20,}", "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a Kaggle key": rb'"key"\s*:\s*"[0-9a-f]{32}"', "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}"}
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+
+
+def find_token() -> str | None:
+    """The hub token from Kaggle's secrets (label HF_TOKEN) or the environment variable HF_TOKEN; None without either."""
+    try:
+        from kaggle_secrets import UserSecretsClient
+        return UserSecretsClient().get_secret("HF_TOKEN")
+    except Exception:                                 # not on Kaggle, or no such secret there: it raises various kinds
+        return os.environ.get("HF_TOKEN") or None
+
+
+def upload_plan(folder) -> tuple[list[Path], list[str]]:
+    """(files to upload, what is left out and why): plain visible files of the kinds that a model folder is made of."""
+    folder, files, left_out = Path(folder), [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            left_out.append(f"{name}: a link")
+        elif path.is_file():
+            hidden = any(part.startswith(".") for part in Path(name).parts)
+            if hidden or path.suffix not in UPLOADED:
+                left_out.append(f"{name}: " + ("hidden" if hidden else "no part of a model folder"))
+            else:
+                files.append(path)
+    return files, left_out
+
+
+def find_secrets(files, values: tuple[str, ...] = ()) -> list[str]:
+    """"<file>: <kind of secret>" for everything in `files` that looks like a secret or holds one of `values`.
+
+    Also looked for: the values of environment variables whose names say that they are secret. No value is ever returned.
+    """
+    known = {"the token itself": values, **{f"the value of ${name}": (value,) for name, value in os.environ.items()
+                                            if SECRET_NAME.search(name) and len(value) >= 12}}
+    found = []
+    for path in files:
+        content = Path(path).read_bytes()
+        found += [f"{path.name}: {kind}" for kind, pattern in SECRETS.items() if re.search(pattern, content)]
+        found += [f"{path.name}: {kind}" for kind, texts in known.items() if any(text.encode() in content for text in texts)]
+    return found
+
+
+def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ...] = (), endpoint: str | None = None) -> list[str]:
+    """Upload run_dir/final to the private hub repository `repo_id`; with dry_run only say what would be uploaded.
+
+    Returns the lines to show: every file with its size, what is left out, what is wrong. The token comes from `find_token`.
+    Raises ParameterError, before any upload, for a number in the card with no file (see check_model_card for `allow`), for
+    anything that looks like a secret, for a missing token, and for a repository that is public already.
+    """
+    folder = Path(run_dir) / "final"
+    files, left_out = upload_plan(folder)
+    token = find_token()
+    problems = [f"the model card: {problem}" for problem in check_model_card(run_dir, allow=allow)]
+    problems += [f"a secret would be uploaded: {found}." for found in find_secrets(files, (token,) if token else ())]
+    total = sum(path.stat().st_size for path in files)
+    lines = [f"{'would be uploaded' if dry_run else 'uploading'} to {repo_id} (private): {len(files)} files, {total:,} bytes"]
+    lines += [f"  {path.relative_to(folder).as_posix()}  {path.stat().st_size:,}" for path in files]
+    lines += [f"  left out: {name}" for name in left_out]
+    if dry_run:
+        return [*lines, *(f"wrong: {problem}" for problem in problems), "nothing was uploaded: a dry run"]
+    if not token:
+        problems.append("there is no token: add HF_TOKEN to Kaggle's secrets or to the environment.")
+    if problems:
+        raise su.ParameterError(problems)
+    from huggingface_hub import CommitOperationAdd, HfApi
+    api = HfApi(token=token, endpoint=endpoint)
+    api.create_repo(repo_id, private=True, exist_ok=True)
+    if not api.repo_info(repo_id).private:
+        raise su.ParameterError([f"{repo_id} exists and is public: upload to a private one, look at it, then make it public."])
+    commit = api.create_commit(repo_id, [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                               commit_message="Model and card, uploaded by stentor_card.publish")
+    return [*lines, f"done: {commit.commit_url}"]
