@@ -815,7 +815,8 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Publishing. Off unless called, a dry run unless told otherwise, private always.
 
-UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png"}     # what a model folder is made of
+# What a model folder is made of.
+UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png"}
 SECRETS = {                                           # as bytes: they are looked for in every file, weights included
     "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}", "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,})",
     "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b", "an OpenAI or Anthropic key": rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}",
@@ -864,7 +865,8 @@ def find_secrets(files, values: tuple[str, ...] = ()) -> list[str]:
     return found
 
 
-def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ...] = (), endpoint: str | None = None) -> list[str]:
+def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ...] = (), endpoint: str | None = None
+            ) -> list[str]:
     """Upload run_dir/final to the private hub repository `repo_id`; with dry_run only say what would be uploaded.
 
     Returns the lines to show: every file with its size, what is left out, what is wrong. The token comes from `find_token`.
