@@ -68,8 +68,9 @@ def test_a_fresh_card_passes_and_its_numbers_are_those_of_the_files(run_dir):
     assert stentor_card.check_model_card(run_dir) == []
     card = (run_dir / "final" / "README.md").read_text()
     summary = json.loads((run_dir / "summary.json").read_text())
-    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", f"{summary['parameters']:,} parameters", "Not selected:",
-                 f"| bits per byte | {summary['bits_per_byte']:.4f} |", "| arc_easy | acc_norm | 2,376 | **this model** | 0.3123 [",
+    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", f"{summary['parameters']:,} parameters",
+                 f"| bits per byte | {summary['bits_per_byte']:.4f} |", "Not selected:",
+                 "| arc_easy | acc_norm | 2,376 | **this model** | 0.3123 [",
                  "| **learning_rate** | 0.004 | 0.0008 |", "Call 911 \\| now", "in 1984 ~~~ there were 12"):
         assert text in card, text
     figures = json.loads((run_dir / "model_card.json").read_text())["figures"]
