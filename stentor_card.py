@@ -193,6 +193,7 @@ def metadata(facts: Facts) -> str:
                 task_type="text-generation", dataset_type=quoted("benchmark/results.csv", i, "task"),
                 dataset_name=quoted("benchmark/results.csv", i, "task"), metric_value=value,
                 metric_type=quoted("benchmark/results.csv", i, "metric"), source_name="lm-evaluation-harness",
+                source_url="https://github.com/EleutherAI/lm-evaluation-harness",
                 metric_args={key: text for key, text in bounds.items() if text != NOT_MEASURED}))
     sources = facts.get("run.json", "recipe", "sources") or []
     datasets = [facts.derive(lambda path: json.dumps(path.removeprefix("hf:")), str, "the hub source's name",
@@ -273,7 +274,7 @@ def benchmarks(facts: Facts) -> str:
                   f"the training text; of {short} shorter ones, {whole} stand in it whole."]
     else:
         lines += ["", f"Contamination of the training text by benchmark items: {NOT_MEASURED}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *pictures(facts, "benchmark", "blimp")])
 
 
 def instruct(facts: Facts) -> str:
@@ -302,7 +303,7 @@ def instruct(facts: Facts) -> str:
                                     for part in ("share", "low", "high"))
                 shares.append(NOT_MEASURED if share == NOT_MEASURED else f"{share} [{low}, {high}]")
             lines.append(f"| {facts.name(probe, 'models', delivered, 'scores', suite, key)} | " + " | ".join(shares) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *pictures(facts, "sft", "probe")])
 
 
 def phases(facts: Facts, file: str) -> list[str]:
@@ -329,9 +330,7 @@ def curves(facts: Facts) -> str:
     if len(evaluated) > 12:                           # evenly over the run, the last and the best among them
         best = min(evaluated, key=lambda i: rows[i].get("loss", math.inf))
         evaluated = sorted({*evaluated[::-(-len(evaluated) // 10)], best, evaluated[-1]})
-    lines = ["## Curves", ""]
-    for name in card_charts(facts.folder):
-        lines += [f"![{name.replace('_', ' ')}](charts/{name}.png)", ""]
+    lines = ["## Curves", "", *pictures(facts, "loss", "bits_per_byte")]
     if not evaluated:
         return "\n".join([*lines, f"Evaluations during training: {NOT_MEASURED}.", ""])
     lines += ["| step | tokens | loss | perplexity | bits per byte |", "|---|---|---|---|---|"]
@@ -342,10 +341,13 @@ def curves(facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def card_charts(folder: Path) -> list[str]:
-    """The charts that 06 drew and the card shows."""
-    return [name for name in ("loss", "bits_per_byte", "benchmark", "blimp", "sft", "probe")
-            if (Path(folder) / "charts" / f"{name}.png").is_file()]
+CHARTS = ("loss", "bits_per_byte", "benchmark", "blimp", "sft", "probe")      # those of 06 that a card shows
+
+
+def pictures(facts: Facts, *names: str) -> list[str]:
+    """Lines that show those of the charts that 06 drew."""
+    return [line for name in names if (facts.folder / "charts" / f"{name}.png").is_file()
+            for line in (f"![{name.replace('_', ' ')}](charts/{name}.png)", "")]
 
 
 def architecture(facts: Facts) -> str:
@@ -734,9 +736,11 @@ def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = 
     record = {"parameters": parameters, "inputs": inputs_of(facts),
               "figures": [dataclasses.asdict(figure) for figure in facts.figures]}
     su.write_atomically(run_dir / "model_card.json", json.dumps(record, indent=1, ensure_ascii=False))
-    for chart in card_charts(run_dir):
-        (run_dir / "final" / "charts").mkdir(exist_ok=True)
-        shutil.copy(run_dir / "charts" / f"{chart}.png", run_dir / "final" / "charts" / f"{chart}.png")
+    (run_dir / "final" / "charts").mkdir(exist_ok=True)
+    for chart in CHARTS:
+        (run_dir / "final" / "charts" / f"{chart}.png").unlink(missing_ok=True)        # of an earlier card
+        if (run_dir / "charts" / f"{chart}.png").is_file():
+            shutil.copy(run_dir / "charts" / f"{chart}.png", run_dir / "final" / "charts" / f"{chart}.png")
     su.write_atomically(run_dir / "final" / "README.md", text)
     return run_dir / "final" / "README.md"
 

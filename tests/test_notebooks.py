@@ -81,7 +81,8 @@ def test_the_model_card_is_there_and_every_number_in_it_has_a_file(chain):
     assert stentor_card.check_model_card(folder) == []
     card = (folder / "final" / "README.md").read_text()
     summary = json.loads((folder / "summary.json").read_text())
-    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", "1,377,408 parameters", "8 continuations of 16 held-out tokens",
+    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", "1,377,408 parameters",
+                 "8 continuations of 16 held-out tokens",
                  "![loss](charts/loss.png)", "| **learning_rate** | 0.004 | 0.0008 |", "Benchmark scores: not measured."):
         assert text in card, text
     assert (folder / "final/charts/loss.png").read_bytes() == (folder / "charts/loss.png").read_bytes()
