@@ -74,6 +74,8 @@ def print_summary(run_dir) -> None:
         for sample in json.loads(samples.read_text())["samples"][:3]:
             print(f"\n  {sample['prompt']} >>> {' '.join(sample['text'].split())}")
     print(f"\ncharts  {os.path.relpath(run_dir / 'charts')}\nmodel   {os.path.relpath(run_dir / 'final')}")
+    if (card := run_dir / "final" / "README.md").exists():
+        print(f"card    {os.path.relpath(card)}")
 
 
 def print_recipes() -> None:

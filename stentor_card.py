@@ -105,7 +105,7 @@ class Facts:
         if None not in values:
             try:
                 text = write(compute(*values), form)
-            except (TypeError, ValueError, ZeroDivisionError, KeyError):
+            except (TypeError, ValueError, ZeroDivisionError, KeyError, AttributeError):
                 pass                                  # a value that is there but makes no sense
         return NOT_MEASURED if text is None else self.mark(
             text, ", ".join(dict.fromkeys(place[0] for place in inputs)), formula)
@@ -462,34 +462,30 @@ def training(facts: Facts) -> str:
     lines = ["## Training", ""]
     if not isinstance(recipe, dict):
         return "\n".join([*lines, f"Hyperparameters: {NOT_MEASURED}.", ""])
+    try:
+        card = su.ALL_RECIPES[published.removeprefix("published recipe ")]
+        different = [name for name, _, _ in su.Recipe.from_dict(recipe).difference(card)]
+    except (AttributeError, KeyError, TypeError):     # an own recipe, or a run.json of another version of the suite
+        published, different = None, []
     lines += ["What differs from the published recipe is in bold." if published else
               "There is no published recipe of this name to hold it against.", "",
               "| hyperparameter | this run | published |", "|---|---|---|"]
-    theirs = facts.read(published) if published else {}
-    for field in dataclasses.fields(su.Recipe):
-        if field.name not in recipe or field.name in ("name", "shape", "published", "unpublished"):
+    for name in [field.name for field in dataclasses.fields(su.Recipe)] + [name for name in different if "." in name]:
+        place = name.split(".")
+        if place[0] not in recipe or name in ("name", "shape", "published", "unpublished"):
             continue
-        if field.name == "sources":
-            mine, other = (facts.derive(lambda sources: plain([source["name"] for source in sources]), str, "sources.*.name",
-                                        place) for place in (("run.json", "recipe", "sources"), (published, "sources")))
-            other = other if published else "no published figure"
-        else:                                         # not `show`: None is a value here, "none"
-            mine = facts.mark(plain(recipe[field.name]), "run.json", f"recipe.{field.name}")
-            other = facts.mark(plain(theirs[field.name]), published, field.name) if published else "no published figure"
-        same = json.dumps(recipe[field.name]) == json.dumps(theirs.get(field.name)) if published else True
-        title = facts.name("run.json", "recipe", field.name)
-        title = title if same else f"**{title}**"
-        if published and field.name in theirs["unpublished"]:
-            other += " (not printed in the card)"
-        lines.append(f"| {title} | {mine} | {other} |")
-    if published:
-        card = su.ALL_RECIPES[published.removeprefix("published recipe ")]
-        for name, _, _ in su.Recipe.from_dict(recipe).difference(card):
-            if name.startswith("shape."):
-                place = ("shape", name.removeprefix("shape."))
-                lines.append(f"| **shape.{facts.name('run.json', 'recipe', *place)}** | "
-                             f"{facts.show('run.json', 'recipe', *place, form=plain)} | "
-                             f"{facts.show(published, *place, form=plain)} |")
+        columns = ["no published figure"] * 2
+        for i, file in enumerate(filter(None, ("run.json", published))):
+            path = place if file == published else ["recipe", *place]
+            value = facts.read(file)
+            for key in path:                          # not `show`: None is a value here, "none"
+                value = value[key]
+            value = [source["name"] for source in value] if name == "sources" else value
+            columns[i] = facts.mark(plain(value), file, ".".join(path) + ".*.name" * (name == "sources"))
+        if published and name in card.unpublished:
+            columns[1] += " (not printed in the card)"
+        title = ("shape." if place[0] == "shape" else "") + facts.name("run.json", "recipe", *place)
+        lines.append(f"| {f'**{title}**' if name in different else title} | {' | '.join(columns)} |")
     lines += ["", f"Steps done: {facts.show('summary.json', 'step')} of {facts.show('summary.json', 'steps')}; "
               f"skipped for a gradient that was not finite: {facts.show('summary.json', 'skipped_steps')}."]
     return "\n".join(lines) + "\n"

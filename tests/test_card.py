@@ -169,6 +169,31 @@ def test_what_has_no_file_stands_as_not_measured(run_dir):
     assert "| perplexity | not measured |" in card and "nan" not in card.lower()
 
 
+def test_the_instruct_version_and_its_probe_are_in_the_card(run_dir):
+    from test_charts import write_scores
+    shutil.rmtree(run_dir / "benchmark")
+    write_scores(run_dir)
+    card = su.write_model_card(run_dir).read_text()
+    assert stentor_card.check_model_card(run_dir) == []
+    phases = json.loads((run_dir / "instruct/sft_summary.json").read_text())["phases"]
+    main = next(phase for phase in phases[3:] if phase["phase"] == "main")          # of the delivered recipe, "better"
+    assert re.search(rf"\| main \| 9 \| 4 \| [\d.]+ \| {main['loss_after']:.4f} \|", card)
+    assert "| benign helped | 25.0% [10.0%, 40.0%] | 50.0% [35.0%, 65.0%] |" in card and "sampled" not in card
+    path = run_dir / "instruct/probe.json"
+    path.write_text(path.read_text().replace("0.625", "0.626"))
+    assert any("62.6%" in problem for problem in stentor_card.check_model_card(run_dir))
+
+
+def test_an_own_recipe_is_held_against_nothing(run_dir):
+    path = run_dir / "run.json"
+    run = json.loads(path.read_text())
+    for name, recipe in (("mine", run["recipe"]), ("stentor2-12m", {**run["recipe"], "a_new_field": 3})):
+        path.write_text(json.dumps({**run, "recipe": {**recipe, "name": name}}))
+        card = su.write_model_card(run_dir).read_text()
+        assert stentor_card.check_model_card(run_dir) == []
+        assert "There is no published recipe of this name" in card and "| learning_rate | 0.004 | no published figure |" in card
+
+
 def test_metadata_parses_and_the_folder_still_loads(run_dir):
     from huggingface_hub import ModelCard
     from transformers import AutoModelForCausalLM
