@@ -1828,6 +1828,12 @@ def find_profile(profile: str) -> str:
     return "t4" if torch.cuda.device_count() else "cpu"
 
 
+def write_model_card(run_dir, **settings) -> Path:
+    """stentor_card.write_model_card: final/README.md, filled from the run's files alone."""
+    import stentor_card                               # it imports this module
+    return stentor_card.write_model_card(run_dir, **settings)
+
+
 def find_outputs(outputs: str) -> Path:
     """A relative OUTPUTS is beside stentor_utils.py, or in the working folder where that is read-only (Kaggle inputs)."""
     here = Path(__file__).resolve().parent

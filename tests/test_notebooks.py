@@ -25,7 +25,8 @@ def run(*parameters, notebooks=CHAIN, **env):
 def chain(tmp_path_factory):
     """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", **CANARIES)
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "CONTINUATIONS=8",
+               **CANARIES)
     assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return outputs / "chain", done.stdout
@@ -127,6 +128,21 @@ def test_no_secret_of_the_environment_is_in_what_was_made(chain):
         assert not any(canary.encode() in data for canary in CANARIES.values()), path
 
 
+def test_the_model_card_is_there_and_every_number_in_it_has_a_file(chain):
+    import stentor_card
+    folder, _ = chain
+    assert stentor_card.check_model_card(folder) == []
+    card = (folder / "final" / "README.md").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", "1,377,408 parameters",
+                 "8 continuations of 16 held-out tokens",
+                 "![loss](charts/loss.png)", "| **learning_rate** | 0.004 | 0.0008 |", "Benchmark scores: not measured."):
+        assert text in card, text
+    assert (folder / "final/charts/loss.png").read_bytes() == (folder / "charts/loss.png").read_bytes()
+    executed = (folder / "notebooks" / "06_charts.ipynb").read_text()
+    assert "PUBLISH_TO is None: nothing is uploaded" in executed and "sft is left out" in executed
+
+
 def test_running_again_keeps_the_finished_model(chain):
     """The same parameters again: nothing is trained twice, the weights stay."""
     folder, _ = chain
@@ -175,6 +191,7 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
     ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder']", "MODEL=/no/such/model"],
      ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model"]),
     ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
+    ("06_charts", ["PUBLISH_TO=somewhere"], ["PUBLISH_TO = 'somewhere' must be None"]),
 ])
 def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, expected, tiny, tmp_path):
     vocabulary = (tiny.tokenizer_dir / "tokenmonster.vocab").read_bytes()
