@@ -364,6 +364,20 @@ def test_phenomena_phases_and_probe_are_those_of_the_files(charts, outputs):
     assert "35 prompts" in first.get_xlabel() and "larger suite" in second.get_xlabel()
 
 
+def test_a_short_run_stays_in_view(charts, outputs, tmp_path):
+    """Two evaluations, alone and beside a long run: its end is inside the axes, and nothing is squeezed to nothing."""
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/metrics.jsonl").write_text("".join(json.dumps(
+        {"kind": "eval", "step": step, "tokens": 100 * step, "loss": loss, "bits_per_byte": loss / 3, "elapsed_seconds": step})
+        + "\n" for step, loss in ((0, 9.0), (70, 7.0))))
+    for folders in ([tmp_path / "short"], [outputs / "demo", tmp_path / "short"]):
+        figure = charts["draw_curves"](charts["load_runs"](folders), "bits_per_byte")
+        low, high = figure.axes[0].get_ylim()
+        assert low < 7 / 3 < high and high - low > 0.2
+        matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()
+        assert figure.axes[0].get_window_extent().width > 100
+
+
 def test_parameter_bars_are_the_published_counts(charts, outputs):
     import stentor_utils
 
