@@ -1,13 +1,13 @@
-# make run                         tokenizer -> pretraining -> charts on this CPU, offline (RUN=demo)
+# make run                         tokenizer -> pretraining -> instruct tuning -> benchmark -> charts on this CPU, offline
 # make run RUN=mine TOKEN_BUDGET=1000000 RECIPE=stentor3-20m      any parameter of the notebooks
 # make test                        what CI runs
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 06_charts
+NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run test bench soak results lint clean
+.PHONY: run test tpu-test tpu-aot bench soak results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -26,6 +26,25 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(PY) -m pytest tests --durations=10
 
+# The XLA engine and 03 on eight virtual devices. An environment of its own: torch_xla 2.9 wants its own torch; about 7 GB.
+.venv-tpu/.installed: requirements-tpu-test.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu-test.txt
+	touch $@
+
+tpu-test: .venv-tpu/.installed
+	.venv-tpu/bin/python -m pytest tests/tpu --durations=10
+
+# Optional: compiles the TPU training step for a real v5e 2x4 ahead of time, with no TPU.
+.venv-aot/.installed: requirements-aot.txt
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt
+	touch $@
+
+tpu-aot: .venv-tpu/.installed .venv-aot/.installed
+	.venv-tpu/bin/python tests/benchmarks/aot_tpu.py export
+	.venv-aot/bin/python tests/benchmarks/aot_tpu.py compile
+
 bench: $(VENV)/.installed
 	for file in tests/benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
 	STENTOR_SLOW=1 $(PY) -m pytest -s tests -k "2000_steps or compile"
@@ -42,4 +61,4 @@ lint: $(VENV)/.installed
 	$(PY) tests/lint.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__

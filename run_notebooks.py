@@ -49,6 +49,8 @@ def run_notebooks(names: list[str], given: dict) -> None:
         problems.append(f"OUTPUTS = {defaults['OUTPUTS']!r} {wrong}.")
     if problems:
         raise su.ParameterError(problems)
+    for name, value in su.PROCESS_ENVIRONMENT.items():      # the kernels inherit it: 04 trains in its own
+        os.environ.setdefault(name, value)
     import papermill
     for name, path in paths.items():
         print(f"\n=== {name} ===", flush=True)
@@ -74,6 +76,9 @@ def print_summary(run_dir) -> None:
     if (samples := run_dir / "samples.json").exists():
         for sample in json.loads(samples.read_text())["samples"][:3]:
             print(f"\n  {sample['prompt']} >>> {' '.join(sample['text'].split())}")
+    if (tuned := run_dir / "instruct" / "sft_summary.json").exists():
+        stops = json.loads(tuned.read_text())["stopping"]
+        print("\nstops by itself: " + ", ".join(f"{who} {found['share']:.0%} of {found['n']}" for who, found in stops.items()))
     print(f"\ncharts  {os.path.relpath(run_dir / 'charts')}\nmodel   {os.path.relpath(run_dir / 'final')}")
 
 

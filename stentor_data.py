@@ -478,7 +478,8 @@ def encode_documents(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str, int], validation_documents: int,
-                   shard_tokens: int = 1 << 24, longest_document: int = 2_000_000, progress=print, **reading) -> Path:
+                   shard_tokens: int = 1 << 24, longest_document: int = 2_000_000, progress=print, after_shard=None,
+                   **reading) -> Path:
     """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; go on where an earlier call stopped.
 
     tokens_per_source: {source.name: tokens wanted}; a source that ends earlier is used whole (and for more epochs).
@@ -487,6 +488,7 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     and counted. Writes manifest.json (atomically, after each shard): tokenizer hash, sources, counts of documents,
     tokens and UTF-8 bytes of the cleaned text, sha256 of each shard, and the cursor to go on from. A hub source is read at
     the commit in its entry's `revision`, now and in every later call. `reading`: tries, sleep and deadline of `documents`.
+    after_shard(number of shards) is called after each one and may wait.
     Raises ParameterError when the folder holds a store of another tokenizer, other sources or another revision.
     """
     store_dir = Path(store_dir)
@@ -511,7 +513,7 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
             "revision": None, "documents": 0, "tokens": 0, "characters": 0, "bytes": 0, "skipped": {}, "shards": [],
             "validation": None, "cursor": {"file": 0, "row": 0}, "filled": 0})
         _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], validation_documents,
-              shard_tokens, longest_document, progress, reading)
+              shard_tokens, longest_document, progress, reading, after_shard)
         if not entry["tokens"]:
             raise ParameterError([f"source {source.name} ({source.path}) gave no training document after its first "
                                   f"{validation_documents} validation documents; lower max_eval_samples."])
@@ -535,7 +537,7 @@ def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -
 
 
 def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_documents, shard_tokens, longest, progress,
-          reading):
+          reading, after_shard=None):
     folder = store_dir / source.name
     folder.mkdir(exist_ok=True)
     eos = np.array([tokenizer.eos_token_id], dtype="<u2")
@@ -577,6 +579,8 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_docu
             entry.update(cursor=cursor, **counts)
             write_atomically(store_dir / "manifest.json", json.dumps(manifest, indent=1))
             Path(carry(len(entry["shards"]) - 1)).unlink(missing_ok=True)
+            if after_shard:
+                after_shard(len(entry["shards"]))
 
     # After a kill between the last shards everything wanted may already be in `pending`: then nothing more is read.
     stream = clean_documents(source, cursor, longest, **reading) if entry["tokens"] + len(pending) < wanted else ()
@@ -607,6 +611,28 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_docu
     write_atomically(store_dir / "manifest.json", json.dumps(manifest, indent=1))
 
 
+def source_names(recipe) -> list[str]:
+    """The sources that take part in a run."""
+    return [source.name for source in recipe.sources if source.weight > 0 or recipe.anneal_weights]
+
+
+def plan_sources(recipe) -> np.ndarray:
+    """The source of each sequence of a run, as an index into `source_names`: (sequences_to_train,) uint8.
+
+    From a golden-ratio sequence, each stretch of which holds the weights to within a few sequences.
+    """
+    names = source_names(recipe)
+    n = np.arange(recipe.sequences_to_train)
+    point = (n + 0.5) * 0.6180339887498949 % 1.0
+    weights = [source.weight for source in recipe.sources if source.name in names]
+    plan = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.uint8)
+    if recipe.anneal_weights:
+        late = n >= len(n) * (1 - recipe.anneal_fraction)
+        weights = np.cumsum(recipe.anneal_weights) / sum(recipe.anneal_weights)
+        plan[late] = np.searchsorted(weights, point[late], side="right")
+    return plan
+
+
 class TokenStore:
     """A token store read by memory map; `batch(step)` is a pure function of the recipe and the step.
 
@@ -619,7 +645,7 @@ class TokenStore:
     def __init__(self, store_dir, recipe):
         self.folder, self.recipe = Path(store_dir), recipe
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.names = [source.name for source in recipe.sources if source.weight > 0 or recipe.anneal_weights]
+        self.names = source_names(recipe)
         if missing := [name for name in self.names if name not in self.manifest["sources"]]:
             raise ParameterError([f"the token store {self.folder} has no source {', '.join(missing)}."])
         if self.manifest["vocab_size"] > recipe.shape.vocab_size:
@@ -631,15 +657,12 @@ class TokenStore:
         self.blocks = {name: int(starts[-1]) // recipe.block_size for name, starts in self.starts.items()}
         if short := [name for name, blocks in self.blocks.items() if blocks < 1]:
             raise ParameterError([f"source {', '.join(short)} has fewer tokens than one block of {recipe.block_size}."])
-        n = np.arange(recipe.sequences_to_train)
-        point = (n + 0.5) * 0.6180339887498949 % 1.0
-        weights = [source.weight for source in recipe.sources if source.name in self.names]
-        self.row_source = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.uint8)
-        if recipe.anneal_weights:
-            late = n >= len(n) * (1 - recipe.anneal_fraction)
-            weights = np.cumsum(recipe.anneal_weights) / sum(recipe.anneal_weights)
-            self.row_source[late] = np.searchsorted(weights, point[late], side="right")
-        self.row_index = np.empty(len(n), np.int64)
+        self._plan_rows()
+
+    def _plan_rows(self) -> None:
+        """row_source: the source of each sequence of the run; row_index: its number among those of its source."""
+        self.row_source = plan_sources(self.recipe)
+        self.row_index = np.empty(len(self.row_source), np.int64)
         for i in range(len(self.names)):
             mine = self.row_source == i
             self.row_index[mine] = np.arange(mine.sum())
@@ -691,3 +714,137 @@ class TokenStore:
         ids = [np.fromfile(self.folder / entry["file"], "<u2") for entry in entries]
         eos = np.array([self.manifest["eos_token_id"]], "<u2")
         return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The store that is filled while training reads it: one folder and one worker process a source. Sequences are shuffled
+# within a shard instead of the whole source, so the order is known before the text is.
+
+
+def planned_shards(recipe, shard_tokens: int) -> dict[str, int]:
+    """{source: shards its sequences fill}, from the recipe alone."""
+    if shard_tokens % recipe.block_size:
+        raise ParameterError([f"shard_tokens = {shard_tokens:,} must be a multiple of block_size = {recipe.block_size}."])
+    names = source_names(recipe)
+    rows = np.bincount(plan_sources(recipe), minlength=len(names))
+    return {name: -(-int(n) * recipe.block_size // shard_tokens) for name, n in zip(names, rows)}
+
+
+def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int, ahead_shards: int | None = None) -> None:
+    """Fill store_dir/<name>, a token store of that source alone; what one worker process does.
+
+    It stays at most `ahead_shards` shards ahead of the one that training reads (None: it need not wait), goes on where an
+    earlier call stopped, and leaves when its parent process is gone: a killed run leaves no worker behind.
+    """
+    import fcntl
+    folder, parent = Path(store_dir) / name, os.getppid()
+    source = next(source for source in recipe.sources if source.name == name)
+    wanted = planned_shards(recipe, shard_tokens)[name] * shard_tokens
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def wait_for_the_reader(shards: int) -> None:
+        while os.getppid() == parent and ahead_shards and shards > shard_being_read(folder) + ahead_shards:
+            time.sleep(0.2)
+        if os.getppid() != parent:
+            raise SystemExit(0)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)              # a worker of a killed run may be in its last shard
+        prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted}, shard_tokens=shard_tokens,
+                       validation_documents=recipe.max_eval_samples, after_shard=wait_for_the_reader,
+                       progress=lambda text: None)
+
+
+def shard_being_read(folder) -> int:
+    """The number of the shard of a source that training has come to."""
+    path = Path(folder) / "reading"
+    return int(path.read_text()) if path.exists() else 0
+
+
+class FeedStopped(RuntimeError):
+    """A worker process ended before it gave what training waits for; the message is its error."""
+
+
+class GrowingStore(TokenStore):
+    """A TokenStore over folders that workers still fill; `batch` waits for the shards it needs.
+
+    Sequence k of a source lies in shard k // blocks_per_shard, shuffled within it: a pure function of (seed, step) however
+    full the store is. A source that ends early is read again, in another order. Only whole shards are read before the end
+    is known. failed(): what is wrong with the workers, or None; asked while waiting.
+    """
+
+    def __init__(self, store_dir, recipe, shard_tokens: int, *, rolling: bool = False, failed=lambda: None):
+        self.folder, self.recipe, self.shard_tokens, self.rolling, self.failed = (
+            Path(store_dir), recipe, shard_tokens, rolling, failed)
+        self.planned = planned_shards(recipe, shard_tokens)
+        self.names = list(self.planned)
+        self.per_shard = shard_tokens // recipe.block_size
+        self.entries, self.reading = {}, {}
+        self._plan_rows()
+        for name in self.names:
+            self._shard(name, 0)
+        manifests = {name: json.loads((self.folder / name / "manifest.json").read_text()) for name in self.names}
+        if (size := max(m["vocab_size"] for m in manifests.values())) > recipe.shape.vocab_size:
+            raise ParameterError([f"the token store has ids up to {size:,}, the model only vocab_size = "
+                                  f"{recipe.shape.vocab_size:,}."])
+        # The first shard stands for the store in a run's fingerprint: the rest follows from it, the source and its commit.
+        self.manifest = {"eos_token_id": next(iter(manifests.values()))["eos_token_id"], "sources": {
+            name: {**m["sources"][name], "shards": m["sources"][name]["shards"][:1]} for name, m in manifests.items()}}
+
+    def _read_entry(self, name: str) -> dict | None:
+        path = self.folder / name / "manifest.json"
+        if path.exists():
+            self.entries[name] = json.loads(path.read_text())["sources"].get(name)
+        return self.entries.get(name)
+
+    def _shard(self, name: str, number: int) -> tuple[int, int, np.ndarray]:
+        """(epoch, number, tokens) of the shard that `number`, counted over epochs, stands for; waits until it is there."""
+        while True:
+            entry = self.entries.get(name)
+            for _ in range(2):                        # what is known, then what is on disk
+                if entry:
+                    whole = [shard for shard in entry["shards"] if shard["tokens"] == self.shard_tokens]
+                    ended = entry["filled"] > 0
+                    usable = whole or (entry["shards"] if ended else [])     # a short corpus is one short shard
+                    if number < len(usable) or (ended and usable):
+                        epoch, number = divmod(number, len(usable))
+                        path = self.folder / name / usable[number]["file"]
+                        if not path.exists():
+                            raise SourceError(f"source {name} ended after {entry['tokens']:,} tokens, and its first shards are "
+                                              "gone (rolling): lower token_budget or its weight, or keep the shards.")
+                        return epoch, number, np.memmap(path, dtype="<u2", mode="r")
+                entry = self._read_entry(name)
+            if problem := self.failed():
+                raise FeedStopped(problem)
+            time.sleep(0.05)
+
+    def _block(self, name: str, index: int) -> np.ndarray:
+        number = index // self.per_shard
+        if number > self.reading.get(name, -1):       # the worker of this source may go on
+            self.reading[name] = number
+            write_atomically(self.folder / name / "reading", str(number))
+        epoch, number, tokens = self._shard(name, number)
+        blocks = len(tokens) // self.recipe.block_size
+        start = int(self._shuffled(name, epoch, number, blocks)[index % self.per_shard % blocks]) * self.recipe.block_size
+        return tokens[start:start + self.recipe.block_size]
+
+    @functools.lru_cache(maxsize=64)
+    def _shuffled(self, name: str, epoch: int, number: int, blocks: int) -> np.ndarray:
+        seed = [self.recipe.seed, epoch, number, *hashlib.sha256(name.encode()).digest()[:4]]
+        return np.random.default_rng(seed).permutation(blocks)
+
+    def epoch(self, step: int) -> float:
+        """The part of the planned sequences that `step` steps have read."""
+        return min(step * self.recipe.total_batch_size / self.recipe.sequences_to_train, 1.0)
+
+    def validation(self) -> tuple[np.ndarray, int]:
+        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
+        ids = [np.fromfile(self.folder / name / entry["file"], "<u2") for name, entry in zip(self.names, entries)]
+        eos = np.array([self.manifest["eos_token_id"]], "<u2")
+        return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
+
+    def release(self, step: int) -> None:
+        """Training will not go back before `step`; with `rolling` the shards that only earlier steps read are deleted."""
+        row = min(step * self.recipe.total_batch_size, len(self.row_source) - 1)
+        for i, name in enumerate(self.names if self.rolling else ()):
+            for old in range(int(np.count_nonzero(self.row_source[:row] == i)) // self.per_shard):
+                (self.folder / name / name / f"train-{old:05d}.bin").unlink(missing_ok=True)

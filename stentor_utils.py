@@ -42,9 +42,11 @@ from torch import nn                                  # noqa: E402
 from torch.overrides import TorchFunctionMode         # noqa: E402
 
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
-    HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text, documents, encode_documents,
-    find_vocabulary, load_tokenizer, local_corpus, pin_revision, prepare_tokens, redact, source_files, tokenizer_problem,
-    tokenizer_sha256, write_atomically)
+    FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
+    documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
+    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem, tokenizer_sha256,
+    write_atomically)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters are checked before any work starts, all of them, and every problem is one sentence.
@@ -1409,7 +1411,8 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     recipe's shape and precision techniques; only what requires gradients is trained and kept in checkpoints, and its start
     weights are part of what a checkpoint must match. Writes checkpoints/, metrics.jsonl, training_curves.csv, best/, final/ and
     summary.json; returns what summary.json holds.
-    SIGTERM and SIGINT finish the step (an evaluation is cut short), save, and raise SystemExit(143) or KeyboardInterrupt.
+    SIGTERM and SIGINT finish the step (an evaluation, or a wait for data, is cut short), save, and raise SystemExit(143) or
+    KeyboardInterrupt.
     Before `deadline_hours` after its start, early enough for what comes next and a save three times as slow as the slowest so
     far, the loop saves and returns with "stopped": "deadline" instead of final/; the same call goes on from there.
     NONFINITE_IN_A_ROW skipped steps, or a logged loss SPIKE above its running mean: back to the weights of the last evaluation
@@ -1507,6 +1510,8 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
                                  "window": [progress["window_loss"], window_steps, window_skipped], "seconds": elapsed()},
                                 recipe.save_total_limit)
                 saved_step = state["step"]
+                if hasattr(store, "release"):         # of a store that is filled meanwhile: what no checkpoint needs any more
+                    store.release(int(checkpoint_folders(run_dir)[0].name[5:]))
             except OSError as error:                  # a full disk costs a checkpoint, not the training
                 kept = "there is none yet" if saved_step is None else f"the last one, of step {saved_step:,}, is kept"
                 say(f"WARNING: no checkpoint at step {state['step']:,} ({error.strerror}); {kept}. Free some space under "
@@ -1629,7 +1634,15 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
 
             # One optimiser step over the global batch. What it draws at random is a function of (seed, step, rank).
             began = time.monotonic()
-            batch = engine.feed(store, step)
+            try:
+                with cut_short_by_a_signal(can_be_cut, engine):               # it may have to wait for the hub
+                    batch = engine.feed(store, step)
+            except CutShort:
+                stopped = asked_to_stop(0)
+                break
+            except FeedStopped:                       # what was trained is kept; the same call goes on from there
+                save()
+                raise
             wait += time.monotonic() - began
             torch.manual_seed((recipe.seed << 32) + step * 1024 + engine.rank)
             done = engine.step(parallel, optimizer, batch, per_device)
@@ -1735,12 +1748,12 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
 
 
 class CutShort(BaseException):
-    """A signal came during an evaluation."""
+    """A signal came during an evaluation, or while the next batch was waited for."""
 
 
 @contextlib.contextmanager
 def cut_short_by_a_signal(can_be_cut: list, engine: Engine):
-    """Inside the block a signal need not wait: all is saved. Several processes do wait: they could not leave together."""
+    """Inside the block a signal need not wait: no step is in flight. Several processes wait: they could not leave together."""
     can_be_cut += [True] * (engine.world_size == 1)
     yield
     can_be_cut.clear()
@@ -1853,12 +1866,14 @@ class TrainingFailed(RuntimeError):
 
 
 def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: int | None = None,
-           deadline_hours: float | None = None, xla: str | None = None, say=None) -> dict:
+           deadline_hours: float | None = None, xla: str | None = None, fill: dict | None = None, say=None) -> dict:
     """Write run.json and environment.json, train in a process of its own (several with torchrun), show its log here.
 
     num_processes: default one a GPU, or 1 on the CPU. xla: "TPU", or "CPU" for 8 virtual devices (CPU_NUM_DEVICES); one
-    process serves them all, with PJRT_DEVICE set for it. Stopping the notebook's cell stops the training after its step,
-    saved. Returns summary.json's content; raises TrainingFailed with the last lines of the log.
+    process serves them all, with PJRT_DEVICE set for it. fill: {"shard_tokens", "rolling", "ahead_shards"}: the store is
+    a GrowingStore, filled by one worker process a source while training runs.
+    Stopping the notebook's cell stops the training after its step, saved. Returns summary.json's content; raises
+    TrainingFailed with the last lines of the log.
     """
     say = say or (lambda text: print(text, flush=True))
     run_dir = Path(run_dir)
@@ -1868,7 +1883,7 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "run.json", json.dumps({
         "recipe": recipe.to_dict(), "store": os.path.relpath(store_dir, run_dir),
-        "tokenizer": os.path.relpath(tokenizer_dir, run_dir), "deadline_hours": deadline_hours}, indent=1))
+        "tokenizer": os.path.relpath(tokenizer_dir, run_dir), "deadline_hours": deadline_hours, "fill": fill}, indent=1))
     write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
     num_processes = 1 if xla else num_processes or max(1, torch.cuda.device_count())
     here = str(Path(__file__).resolve().parent)
@@ -1910,22 +1925,62 @@ def train_from_file(path) -> dict:
     path = Path(path).resolve()
     run = json.loads(path.read_text())
     recipe = Recipe.from_dict(run["recipe"])
-    store = TokenStore(path.parent / run["store"], recipe)
     tokenizer = load_tokenizer(path.parent / run["tokenizer"])
-    return train(recipe, store, path.parent, tokenizer=tokenizer, deadline_hours=run.get("deadline_hours"))
+    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=run.get("deadline_hours"))
+    if not run.get("fill"):
+        return go(store=TokenStore(path.parent / run["store"], recipe))
+    with fill_while_training(path, recipe, run["fill"]["shard_tokens"]) as failed:
+        return go(store=GrowingStore(path.parent / run["store"], recipe, run["fill"]["shard_tokens"],
+                                     rolling=run["fill"].get("rolling", False), failed=failed))
+
+
+@contextlib.contextmanager
+def fill_while_training(path, recipe: Recipe, shard_tokens: int):
+    """Worker processes, one a source, as long as the block runs; gives a function that says what is wrong with them."""
+    env = {key: value for key, value in os.environ.items() if key not in ("STENTOR_ENGINE", "CPU_NUM_DEVICES")}
+    env |= {"PJRT_DEVICE": "CPU"}                     # they import transformers, which imports torch_xla: not the chips
+    logs = {name: open(Path(path).parent / f"feed-{name}.log", "w+") for name in planned_shards(recipe, shard_tokens)}
+    workers = {name: subprocess.Popen([sys.executable, "-m", "stentor_utils", "fill", str(path), name], env=env, stdout=log,
+                                      stderr=log) for name, log in logs.items()}
+
+    def failed():
+        for name, worker in workers.items():
+            if worker.poll():
+                return f"the worker that fills source {name} ended with exit code {worker.returncode}: " + "".join(
+                    Path(logs[name].name).read_text().splitlines(keepends=True)[-8:])
+    try:
+        yield failed
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+        for worker in workers.values():
+            worker.wait()
+        for log in logs.values():
+            log.close()
+
+
+def fill_from_file(path, name: str) -> None:
+    """What a worker does: fill one source of the run described by run.json."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # the stop button: training ends its step, saves, and ends its workers
+    path = Path(path).resolve()
+    run = json.loads(path.read_text())
+    fill_source(Recipe.from_dict(run["recipe"]), load_tokenizer(path.parent / run["tokenizer"]), path.parent / run["store"],
+                name, shard_tokens=run["fill"]["shard_tokens"], ahead_shards=run["fill"].get("ahead_shards"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m stentor_utils train RUN_JSON`; exit code 2 for a refused parameter or checkpoint, 130 / 143 for a stop."""
+    """`python -m stentor_utils train RUN_JSON`, and for its workers `fill RUN_JSON SOURCE`; exit code 2 for a refused
+    parameter or checkpoint or a failed worker, 130 / 143 for a stop."""
     arguments = argv or sys.argv[1:]
-    if len(arguments) != 2 or arguments[0] != "train":
+    filling = len(arguments) == 3 and arguments[0] == "fill"
+    if not filling and (len(arguments) != 2 or arguments[0] != "train"):
         print("usage: python -m stentor_utils train RUN_JSON", file=sys.stderr)
         return 2
     faulthandler.enable()                             # a crash in native code says where it was
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # where train() does not take it: before and after its loop
     try:
-        train_from_file(arguments[1])
-    except (ParameterError, CheckpointError) as error:
+        fill_from_file(*arguments[1:]) if filling else train_from_file(arguments[1])
+    except (ParameterError, CheckpointError, SourceError, FeedStopped) as error:
         print(error, file=sys.stderr)
         return 2
     except (TrainingDiverged, TrainingFailed) as error:

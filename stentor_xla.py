@@ -315,4 +315,4 @@ class XlaEngine:
             return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
 
     def close(self) -> None:
-        self.feeder.shutdown(cancel_futures=True)
+        self.feeder.shutdown(wait=False, cancel_futures=True)

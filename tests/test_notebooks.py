@@ -12,7 +12,7 @@ from conftest import REPO
 
 import run_notebooks
 
-CHAIN = ["01_tokenizer", "02_pretrain_t4", "06_charts"]
+CHAIN = ["01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"]
 CANARIES = {name: f"canary-{name}-Canary7Canary7" for name in ("HF_TOKEN", "KAGGLE_KEY", "WANDB_API_KEY", "AWS_SECRET_KEY")}
 
 
@@ -25,7 +25,7 @@ def run(*parameters, notebooks=CHAIN, **env):
 def chain(tmp_path_factory):
     """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", **CANARIES)
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "LIMIT=96", **CANARIES)
     assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return outputs / "chain", done.stdout
@@ -64,6 +64,28 @@ def test_the_model_folder_loads_through_auto_classes(chain, tmp_path):
     assert "The function returns" in done.stdout and "4096 4096" in done.stdout
 
 
+def test_instruct_tuning_made_a_model_that_stops_and_a_probe_with_a_label_for_every_answer(chain):
+    folder, shown = chain[0] / "instruct", chain[1]
+    summary = json.loads((folder / "sft_summary.json").read_text())
+    # rank 32 on 4 layers: four projections h x h and three h x 3h, with h = 128
+    assert summary["parameters"] == 1_377_408 and summary["trainable_parameters"] == 4 * 32 * (4 * 2 * 128 + 3 * 4 * 128)
+    assert summary["merge_error"] < 1e-4 and len(summary["phases"]) == 10
+    assert {row["recipe"] for row in summary["phases"]} == {"card", "better"}
+    for row in summary["phases"]:
+        assert row["loss_after"] < row["loss_before"], row
+    assert summary["stopping"]["card"]["low"] > summary["stopping"]["base"]["high"]     # stops by itself, far from chance
+    probe = json.loads((folder / "probe.json").read_text())
+    labels = {"refusal", "silent", "fake_refusal", "help", "degenerate", "unsafe_compliance"}
+    for name in ("base", "card-0", "better-0"):
+        answers = probe["models"][name]["answers"]
+        assert len(answers) == 2 * (35 + 160) and {row["label"] for row in answers} <= labels
+        first = probe["models"][name]["scores"]["35 prompts, greedy"]
+        assert first["harmful refused"]["n"] == 18 and first["benign helped"]["n"] == 17
+    assert set(probe["comparison"]) >= {"over-refusal", "harmful refused"} and "power" in shown or "told apart" in shown
+    assert (folder / "final" / "model.safetensors").stat().st_size == (chain[0] / "final" / "model.safetensors").stat().st_size
+    assert len(list(folder.glob("sft_metrics-*-phase*.jsonl"))) == 10 and (folder / "labels.png").stat().st_size > 5_000
+
+
 def test_charts_samples_and_executed_notebooks_are_there(chain):
     folder, _ = chain
     for name in ("loss", "perplexity", "bits_per_byte", "parameters"):
@@ -86,6 +108,25 @@ def test_no_secret_of_the_environment_is_in_what_was_made(chain):
         assert not any(canary.encode() in data for canary in CANARIES.values()), path
 
 
+def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
+    folder, shown = chain
+    benchmark = folder / "benchmark"
+    result = json.loads((benchmark / "chain" / "minimal_pairs.json").read_text())
+    assert len(result["tasks"]) >= 12 and all(task["n"] >= 50 for task in result["tasks"].values())
+    items = [item for task in result["tasks"].values() for item in task["items"]["acc,none"]]
+    lines = (benchmark / "results.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| written minimal pairs"))
+    assert f"{sum(items) / len(items):.4f} [" in row and f"{len(items):,}" in row and "0.5000" in row
+    assert row in shown                               # the very table, on the terminal
+    assert len((benchmark / "results.csv").read_text().splitlines()) >= 3          # a header, chain, untrained
+    entry, = json.loads((benchmark / "model_index.json").read_text())["model-index"]
+    low, high = entry["results"][0]["metrics"][0]["confidence_interval_95"]
+    assert low < entry["results"][0]["metrics"][0]["value"] < high
+    found = json.loads((benchmark / "contamination.json").read_text())["tasks"]
+    assert sum(task["items"] for task in found.values()) == len(items)
+    assert (benchmark / "benchmark.png").stat().st_size > 5_000
+
+
 def test_running_again_keeps_the_finished_model(chain):
     """The same parameters again: nothing is trained twice, the weights stay."""
     folder, _ = chain
@@ -95,7 +136,35 @@ def test_running_again_keeps_the_finished_model(chain):
     assert (folder / "final" / "model.safetensors").read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def tpu_run(chain):
+    """03 with its CPU twin on the CPU engine, with the chain's tokenizer; XLA with 8 virtual devices: make tpu-test."""
+    folder, _ = chain
+    done = run(f"OUTPUTS={folder.parent}", "RUN=tpu", f"TOKENIZER={folder / 'tokenizer'}", "TOKEN_BUDGET=200000",
+               "OVERRIDES={'max_eval_samples': 20}", notebooks=["03_pretrain_tpu"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder.parent / "tpu", done.stdout
+
+
+def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
+    folder, shown = tpu_run
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.5 and all(map(math.isfinite, losses))
+    mixture = json.loads((folder / "mixture.json").read_text())
+    table = mixture["table"]
+    for part, planned in (("before the anneal", (0.75, 0.15, 0.10)), ("anneal", (0.50, 0.30, 0.20))):
+        assert list(table[f"{part}, planned"].values()) == pytest.approx(planned)
+        assert list(table[f"{part}, realised"].values()) == pytest.approx(planned, abs=0.02)      # 117 sequences in the anneal
+    assert len(mixture["wait_seconds"]) == len(losses) and "predicted feed" in shown and "304,000" in shown
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["precision"]["fp32_norm_modules"] == 9 and summary["precision"]["fp32_critical_layers"] == 2
+    assert summary["tokens"] == 49 * 4096 and (folder / "final" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("notebook, given, expected", [
+    ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
+     ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
     ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
     ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
     ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
@@ -103,6 +172,8 @@ def test_running_again_keeps_the_finished_model(chain):
     ("02_pretrain_t4", ["OUTPUTS=/proc/nowhere"], ["OUTPUTS = '/proc/nowhere' is not a folder that can be written to"]),
     ("01_tokenizer", ["VOCABULARY={folder}/cut.vocab"], ["cut.vocab"]),
     ("01_tokenizer", ["VOCABULARY={folder}/other.vocab"], ["other.vocab"]),
+    ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder']", "MODEL=/no/such/model"],
+     ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model"]),
     ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
 ])
 def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, expected, tiny, tmp_path):
@@ -156,4 +227,5 @@ def test_kaggle_metadata_points_at_the_notebook(path):
     metadata = json.loads(path.read_text())
     assert (path.parent / metadata["code_file"]).resolve() == (REPO / "notebooks" / f"{path.parent.name}.ipynb").resolve()
     assert metadata["kernel_type"] == "notebook" and metadata["is_private"] is True
-    assert metadata["enable_gpu"] == (path.parent.name == "02_pretrain_t4")
+    assert metadata["enable_gpu"] == (path.parent.name in ("02_pretrain_t4", "04_instruct_sft", "05_benchmark"))
+    assert metadata["enable_tpu"] == (path.parent.name == "03_pretrain_tpu")

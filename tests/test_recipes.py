@@ -56,7 +56,10 @@ def test_stentor2_12m_stopped_at_73_percent_of_the_peak():
 def test_kv_cache_of_the_stentor3_card():
     shape = R["stentor3-20m"].shape
     # The formula printed under the card's table. The table itself prints half of it (12 MB in FP32, 6 in FP16).
-    assert [su.kv_cache_bytes(shape, 4096, size) / 2**20 for size in (4, 2, 1, 0.5)] == [24, 12, 6, 3]
+    sizes = {"FP32": 4, "FP16": 2, "INT8": 1, "INT4": 0.5}
+    assert [su.kv_cache_bytes(shape, 4096, size) / 2**20 for size in sizes.values()] == [24, 12, 6, 3]
+    larger = R["stentor3-50m"].shape
+    assert [su.kv_cache_bytes(larger, 4096, size) / 2**20 for size in sizes.values()] == [60, 30, 15, 7.5]
     full = dataclasses.replace(shape, num_key_value_heads=10)
     assert su.kv_cache_bytes(shape, 4096) == 0.2 * su.kv_cache_bytes(full, 4096)                 # "an 80% reduction"
 

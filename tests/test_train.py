@@ -258,14 +258,14 @@ sys.exit(su.main(["train", sys.argv[1]]))
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_run(tiny, whole, tmp_path, monkeypatch):
     """A device that holds two sequences at a time: the loss curve is that of the run that held four."""
-    from transformers import LlamaForCausalLM
-    forward = LlamaForCausalLM.forward
+    from transformers import LlamaModel
+    forward = LlamaModel.forward
 
     def small(self, input_ids=None, **kwargs):
         if self.training and len(input_ids) > 2:
             raise torch.OutOfMemoryError("pretend")
         return forward(self, input_ids=input_ids, **kwargs)
-    monkeypatch.setattr(LlamaForCausalLM, "forward", small)
+    monkeypatch.setattr(LlamaModel, "forward", small)
     said = []
     summary = su.train(tiny.recipe, su.TokenStore(tiny.store_dir, tiny.recipe), tmp_path, tokenizer=tiny.tokenizer,
                        say=said.append)

@@ -127,16 +127,16 @@ def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
-import sys, stentor_utils as su
-calls, build = [0], su.build_model
-def poisoned_model(*args, **kwargs):
-    model = build(*args, **kwargs)
+import sys, stentor_utils as su, stentor_xla
+calls, place = [0], stentor_xla.XlaEngine.place
+def poisoned(self, model):
+    model = place(self, model)
     def hook(gradient):
         calls[0] += 1
         return gradient * float("inf") if calls[0] in (3, 6) else gradient
     model.model.norm.weight.register_hook(hook)
     return model
-su.build_model = poisoned_model
+stentor_xla.XlaEngine.place = poisoned
 su.train_from_file(sys.argv[1])
 """)
     env = {**os.environ, "STENTOR_ENGINE": "xla", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8"}
