@@ -518,15 +518,18 @@ def test_ten_bad_steps_in_a_row_go_back_and_three_times_stop(tiny, micro, tmp_pa
 def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
     """In batches 24 to 27 the labels are one token never seen: the logged loss leaps, and those batches leave no trace."""
     recipe = dataclasses.replace(tiny.recipe, token_budget=36 * 8 * 64, logging_steps=2)
-    rare, stops = tiny.recipe.shape.vocab_size - 1, []
+    rare, stops, same, folder = tiny.recipe.shape.vocab_size - 1, [], [], None
 
     def at(step, batch):
         if stops and step == stops[0]:
             stops.pop(0)
             os.kill(os.getpid(), signal.SIGINT)
+        if step in (26, 28):                          # saved right after going back: the weights of step 24
+            good, now = ((folder / "checkpoints" / f"step-{n:08d}" / "model.safetensors").read_bytes() for n in (24, step))
+            same.append(good == now)
         return {**batch, "labels": torch.full_like(batch["labels"], rare)} if 24 <= step < 28 else batch
     for name, at_steps in (("alone", []), ("stopped", [24, 27])):
-        stops[:] = at_steps
+        stops[:], folder = at_steps, tmp_path / name
         while True:
             try:
                 train(tiny, recipe, tmp_path / name, store=Wrapped(tiny, recipe, at))
@@ -537,7 +540,7 @@ def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
         assert [(row["step"], row["good_step"]) for row in back] == [(26, 24), (28, 24)]
         assert all(row["reason"].startswith("the loss rose to ") for row in back)
     losses = [row["loss"] for row in rows_of(tmp_path / "alone") if row["kind"] == "eval"]
-    assert losses == sorted(losses, reverse=True) and not stops
+    assert losses == sorted(losses, reverse=True) and not stops and all(same) and len(same) == 4, same
     assert weights(tmp_path / "alone") == weights(tmp_path / "stopped")
 
 
