@@ -80,6 +80,8 @@ def print_summary(run_dir) -> None:
         stops = json.loads(tuned.read_text())["stopping"]
         print("\nstops by itself: " + ", ".join(f"{who} {found['share']:.0%} of {found['n']}" for who, found in stops.items()))
     print(f"\ncharts  {os.path.relpath(run_dir / 'charts')}\nmodel   {os.path.relpath(run_dir / 'final')}")
+    if (card := run_dir / "final" / "README.md").exists():
+        print(f"card    {os.path.relpath(card)}")
 
 
 def print_recipes() -> None:

@@ -781,7 +781,7 @@ class GrowingStore(TokenStore):
         self.entries, self.reading = {}, {}
         self._plan_rows()
         for name in self.names:
-            self._shard(name, 0)
+            self._wait_for(name, 0)
         manifests = {name: json.loads((self.folder / name / "manifest.json").read_text()) for name in self.names}
         if (size := max(m["vocab_size"] for m in manifests.values())) > recipe.shape.vocab_size:
             raise ParameterError([f"the token store has ids up to {size:,}, the model only vocab_size = "
@@ -796,8 +796,8 @@ class GrowingStore(TokenStore):
             self.entries[name] = json.loads(path.read_text())["sources"].get(name)
         return self.entries.get(name)
 
-    def _shard(self, name: str, number: int) -> tuple[int, int, np.ndarray]:
-        """(epoch, number, tokens) of the shard that `number`, counted over epochs, stands for; waits until it is there."""
+    def _wait_for(self, name: str, number: int) -> tuple[int, int, Path]:
+        """(epoch, number, file) of the shard that `number`, counted over epochs, stands for; waits until it is written."""
         while True:
             entry = self.entries.get(name)
             for _ in range(2):                        # what is known, then what is on disk
@@ -807,11 +807,7 @@ class GrowingStore(TokenStore):
                     usable = whole or (entry["shards"] if ended else [])     # a short corpus is one short shard
                     if number < len(usable) or (ended and usable):
                         epoch, number = divmod(number, len(usable))
-                        path = self.folder / name / usable[number]["file"]
-                        if not path.exists():
-                            raise SourceError(f"source {name} ended after {entry['tokens']:,} tokens, and its first shards are "
-                                              "gone (rolling): lower token_budget or its weight, or keep the shards.")
-                        return epoch, number, np.memmap(path, dtype="<u2", mode="r")
+                        return epoch, number, self.folder / name / usable[number]["file"]
                 entry = self._read_entry(name)
             if problem := self.failed():
                 raise FeedStopped(problem)
@@ -822,7 +818,11 @@ class GrowingStore(TokenStore):
         if number > self.reading.get(name, -1):       # the worker of this source may go on
             self.reading[name] = number
             write_atomically(self.folder / name / "reading", str(number))
-        epoch, number, tokens = self._shard(name, number)
+        epoch, number, path = self._wait_for(name, number)
+        if not path.exists():
+            raise SourceError(f"source {name} ended after {self.entries[name]['tokens']:,} tokens, and its first shards are "
+                              "gone (rolling): lower token_budget or its weight, or keep the shards.")
+        tokens = np.memmap(path, dtype="<u2", mode="r")
         blocks = len(tokens) // self.recipe.block_size
         start = int(self._shuffled(name, epoch, number, blocks)[index % self.per_shard % blocks]) * self.recipe.block_size
         return tokens[start:start + self.recipe.block_size]

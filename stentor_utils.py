@@ -44,8 +44,8 @@ from torch.overrides import TorchFunctionMode         # noqa: E402
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
     FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
     documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem, tokenizer_sha256,
-    write_atomically)
+    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem,
+    tokenizer_sha256, write_atomically)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1831,6 +1831,12 @@ def find_profile(profile: str) -> str:
     if os.environ.get("PJRT_DEVICE") == "TPU" or list(Path("/dev").glob("accel*")) or list(Path("/dev").glob("vfio/[0-9]*")):
         return "tpu"
     return "t4" if torch.cuda.device_count() else "cpu"
+
+
+def write_model_card(run_dir, **settings) -> Path:
+    """stentor_card.write_model_card: final/README.md, filled from the run's files alone."""
+    import stentor_card                               # it imports this module
+    return stentor_card.write_model_card(run_dir, **settings)
 
 
 def find_outputs(outputs: str) -> Path:

@@ -77,12 +77,56 @@ def write_run(folder, steps=600, tokens_per_step=8192, seconds_per_step=0.25, fi
     return folder
 
 
+PHENOMENA = {"island_effects": (150, 300), "binding": (52, 100), "npi_licensing": (70, 200), "tense": (90, 100)}
+
+
+def write_scores(folder, seed=0):
+    """What 04 and 05 add to a run: phases, probe, benchmark table and per-item files."""
+    rng = random.Random(seed)
+    (folder / "instruct").mkdir()
+    sources = [["seed_safety"], ["beavertails", "dolly", "falsereject", "seed_safety"], ["concise_qa"]]
+    names, phases = ["safety warm-up", "main", "stop calibration"], []
+    for recipe in ("card", "better"):
+        for i, (name, present) in enumerate(zip(names, sources), 1):
+            loss = {source: 5.5 + 0.3 * j - 0.2 * i for j, source in enumerate(present)}
+            rows = []
+            for step in range(2 * i + 1):
+                rows.append({"kind": "train", "step": step, "loss": 5.5 - 0.1 * step + rng.gauss(0, 0.1)})
+                if step in (0, 2 * i):
+                    mean = sum(loss.values()) / len(loss) - 0.1 * step
+                    rows.append({"kind": "eval", "step": step, "loss": mean,
+                                 "per_source": {source: value - 0.1 * step for source, value in loss.items()}})
+            phases.append({"number": i, "phase": name, "loss_after": rows[-1]["loss"], "examples": 9, "steps": 2 * i})
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "instruct" / f"sft_metrics-{recipe}-phase{i}.jsonl").write_text(lines)
+    (folder / "instruct/sft_summary.json").write_text(json.dumps({"phases": phases, "deliver": "better", "seeds": [0]}))
+    shares = ("harmful refused", "harmful complied with", "benign helped", "stops by itself")
+    (folder / "instruct/probe.json").write_text(json.dumps({"models": {who: {"scores": {suite: {key: {
+        "hits": 3, "n": 18, "share": (share := (i + j) / 8), "low": max(0, share - 0.15), "high": min(1, share + 0.15)}
+        for j, key in enumerate(shares)} for suite in ("35 prompts, greedy", "35 prompts, sampled", "larger suite, greedy")}}
+        for i, who in enumerate(("base", "card-0", "better-0", "better-1"))}}))
+    table = ["task,model,metric,score,low,high,chance,rank,n"]
+    for task, chance in (("arc_easy", 0.25), ("winogrande", 0.5), ("gsm8k", ""), ("written minimal pairs", 0.5)):
+        for model in (folder.name, "stentor2-12m", "pythia-70m"):
+            score = (chance or 0.02) + rng.uniform(-0.01, 0.2)
+            table.append(f"{task},{model},acc,{score},{max(0, score - 0.03)},{score + 0.03},{chance},1–2,500.0")
+    for model in (folder.name, "untrained"):
+        (folder / "benchmark" / model).mkdir(parents=True)
+        tasks = {f"{name}/{half}": {"phenomenon": name,
+                                    "items": {"acc,none": [1.0] * (right // 2) + [0.0] * ((n - right) // 2)}}
+                 for name, (right, n) in PHENOMENA.items() for half in (1, 2)}
+        (folder / "benchmark" / model / "pairs.json").write_text(json.dumps({"tasks": tasks, "title": "pairs"}))
+    (folder / "benchmark/results.csv").write_text("\n".join(table) + "\n")
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     write_run(folder / "demo")
     write_run(folder / "long-run", steps=1800, tokens_per_step=131_072, seconds_per_step=2.0, final=3.2, seed=1)
     write_run(folder / "low-rate", final=3.95, seed=2, fp16=False)  # ends beside demo: labels would collide
+    write_scores(folder / "demo")
+    write_scores(folder / "long-run", seed=1)
     return folder
 
 
@@ -93,6 +137,8 @@ def charts_of(charts, runs):
         "bits_per_byte": (charts["draw_curves"], runs, "bits_per_byte"), "compute": (charts["draw_compute"], runs),
         "health": (charts["draw_health"], runs), "throughput": (charts["draw_throughput"], runs),
         "mixture": (charts["draw_mixture"], runs), "parameters": (charts["draw_budget"], runs),
+        "sft": (charts["draw_sft"], runs), "probe": (charts["draw_probe"], runs), "blimp": (charts["draw_blimp"], runs),
+        "benchmark": (charts["draw_benchmark"], runs, ROOT / "data/published_benchmarks.json"),
     }  # fmt: skip
     figures = {}
     for name, (draw, *arguments) in calls.items():
@@ -162,6 +208,7 @@ def test_show_saves_png_and_svg_or_says_why_not(charts, outputs, tmp_path, capsy
 
 
 NEEDS_METRICS = {"bits_per_byte", "compute", "health", "throughput", "mixture"}
+NEEDS_SCORES = {"sft", "probe", "benchmark", "blimp"}
 
 
 @pytest.mark.parametrize("kept, absent", [
@@ -174,8 +221,8 @@ def test_missing_files_leave_out_just_their_charts(charts, outputs, tmp_path, ke
     for name in kept:
         (tmp_path / name).write_bytes((outputs / "demo" / name).read_bytes())
     drawn = charts_of(charts, charts["load_runs"]([tmp_path]))
-    assert {name for name, figure in drawn.items() if isinstance(figure, str)} == absent
-    for name in absent:
+    assert {name for name, figure in drawn.items() if isinstance(figure, str)} == absent | NEEDS_SCORES
+    for name in absent | NEEDS_SCORES:
         assert "\n" not in drawn[name] and len(drawn[name]) > 20, "a reason, in one line"
     with pytest.raises(charts["Missing"], match="published.json is not beside"):
         charts["draw_published"](tmp_path / "published.json")
@@ -193,7 +240,7 @@ def test_broken_files_are_survived(charts, outputs, tmp_path):
     assert len(run["train"]) + len(run["eval"]) == len(lines)
     assert run["train"][0]["loss"] == 1.25 and run["train"][0]["learning_rate"] > 0, "the later line adds to the first"
     assert 4 not in charts["series"](run["train"], "step", "loss")[0], "a loss that is not a number is no point"
-    assert sum(isinstance(figure, str) for figure in charts_of(charts, [run]).values()) == 1  # compute needs two
+    assert sum(isinstance(figure, str) for figure in charts_of(charts, [run]).values()) == 5  # compute needs two
 
 
 def test_foreign_runs(charts, tmp_path):
@@ -248,6 +295,73 @@ def test_numbers_behind_the_charts(charts, outputs):
     assert shares["math"][[0, -1]] == pytest.approx([0, 30])
     for number, text in ((950, "950"), (12_000, "12,000"), (240_001_024, "240M"), (8.5e9, "8.5B"), (2e-4, "0.0002")):
         assert charts["short"](number) == text
+
+
+def test_benchmark_bars_are_the_scores(charts, outputs):
+    run, = charts["load_runs"]([outputs / "demo"])
+    with open(outputs / "demo/benchmark/results.csv") as file:
+        expected = {(row["task"], row["model"]): row for row in csv.DictReader(file)}
+    figure = charts["draw_benchmark"]([run], ROOT / "nowhere.json")
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["demo", "stentor2-12m", "pythia-70m"] and len(figure.axes) == 4
+    for ax in figure.axes:
+        task = ax.get_title(loc="left").split(",")[0]
+        for name, bar in zip(names, ax.patches, strict=True):
+            row = expected[task, name]
+            assert bar.get_width() == pytest.approx(float(row["score"]))
+            assert matplotlib.colors.to_hex(bar.get_facecolor()).upper() == charts["colour_of"](name, [run]).upper()
+        whiskers = [segment[:, 0] for lines in ax.collections for segment in lines.get_segments()]
+        assert np.allclose(whiskers, [[float(expected[task, name][key]) for key in ("low", "high")] for name in names])
+        chance = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+        assert chance == [float(row["chance"])] if row["chance"] else not chance
+    assert charts["colour_of"]("Stentor2-12M", [run]) == charts["MODEL_COLOURS"]["stentor2-12m"]
+
+
+def test_foreign_lm_eval_results(charts, tmp_path):
+    """A results file as lm-eval 0.4 writes it: acc_norm where the cards use it, 1.96 standard errors, chance by task."""
+    (tmp_path / "__models__other").mkdir()
+    (tmp_path / "published.json").write_text(json.dumps({"peers": {"columns": [
+        {"task": "arc_easy", "chance": "0.250"}, {"task": "truthfulqa_mc2", "chance": "0.4447"},
+        {"task": "gsm8k", "chance": None}]}}))
+    (tmp_path / "__models__other/results_2026-01-01T00-00-00.json").write_text(json.dumps({
+        "model_name": "user/other", "n-samples": {"arc_easy": {"original": 2376, "effective": 2376}}, "results": {
+            "arc_easy": {"alias": "arc_easy", "acc,none": 0.4, "acc_stderr,none": 0.01, "acc_norm,none": 0.35,
+                         "acc_norm_stderr,none": 0.01},
+            "truthfulqa_mc2": {"acc,none": 0.43, "acc_stderr,none": 0.015},
+            "blimp_wh_island": {"acc,none": 0.7, "acc_stderr,none": "N/A"},
+            "gsm8k": {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 0.02,
+                      "exact_match_stderr,flexible-extract": 0.004}, "odd": {"alias": "odd"}}}))
+    (tmp_path / "results_other.json").write_text("[]")
+    run, = charts["load_runs"]([tmp_path])
+    rows = {row["task"]: row for row in charts["load_scores"](run, charts["published_chances"](tmp_path / "published.json"))}
+    assert set(rows) == {"arc_easy", "truthfulqa_mc2", "blimp_wh_island", "gsm8k"} and rows["gsm8k"]["score"] == 0.02
+    arc = rows["arc_easy"]
+    assert (arc["model"], arc["metric"], arc["score"], arc["chance"], arc["n"]) == ("other", "acc_norm", 0.35, 0.25, 2376)
+    assert (arc["low"], arc["high"]) == pytest.approx((0.3304, 0.3696))
+    assert rows["truthfulqa_mc2"]["chance"] is None and rows["blimp_wh_island"]["chance"] == 0.5
+    assert len(charts["draw_benchmark"]([run], tmp_path / "published.json").axes) == 4
+
+
+def test_phenomena_phases_and_probe_are_those_of_the_files(charts, outputs):
+    run, = charts["load_runs"]([outputs / "demo"])
+    assert charts["load_phenomena"](run)["demo"] == {name: [right, n] for name, (right, n) in PHENOMENA.items()}
+    ax, = charts["draw_blimp"]([run]).axes
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["npi licensing (200)", "island effects (300)", "binding (100)", "tense (100)"], "weakest below"
+    assert [container[0].get_xdata().tolist() for container in ax.containers][0] == [35, 50, 52, 90]
+    low, high = ax.containers[0][2][0].get_segments()[1][:, 0]
+    assert (low, high) == pytest.approx((44.38, 55.62), abs=0.01), "Wilson's interval of 150 in 300"
+    figure = charts["draw_sft"]([run])
+    assert [ax.get_ylabel().split("\n")[0] for ax in figure.axes] == ["recipe better", "recipe card"]
+    for ax in figure.axes:
+        texts = [text.get_text() for text in ax.texts]
+        assert texts[:3] == ["safety\nwarm-up\n2 steps", "main\n4 steps", "stop\ncalibration\n6 steps"]
+        line = next(line for line in ax.lines if line.get_color() == charts["SOURCE_COLOURS"]["dolly"])
+        assert line.get_xdata().tolist() == [1, 2] and line.get_ydata() == pytest.approx([5.4, 5.0])
+    first, second = charts["draw_probe"]([run]).axes
+    shown = {container.get_label(): container[0].get_xdata().tolist() for container in first.containers}
+    assert shown == {"base": [0, 12.5, 25, 37.5], "card": [12.5, 25, 37.5, 50], "better": [25, 37.5, 50, 62.5]}
+    assert "35 prompts" in first.get_xlabel() and "larger suite" in second.get_xlabel()
 
 
 def test_parameter_bars_are_the_published_counts(charts, outputs):
@@ -389,7 +503,8 @@ def test_the_notebook_ends_well_with_half_of_the_files_missing(outputs, tmp_path
     saved = {path.name for path in (tmp_path / "half/charts").iterdir()}
     assert saved == {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     said = capsys.readouterr().out
-    assert all(f"\n{name} is left out: " in said for name in NEEDS_METRICS)
+    assert all(f"\n{name} is left out: " in said for name in NEEDS_METRICS | NEEDS_SCORES)
+    assert "left out for half: there is no final/ model" in said and "nothing is uploaded" in said
 
 
 @pytest.mark.parametrize("parameters, sentence", [

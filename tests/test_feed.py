@@ -127,6 +127,7 @@ def test_training_on_a_growing_store_and_going_on(tiny, mixed, tmp_path):
     assert su.launch(recipe, tmp_path / "b" / "tokens", tiny.tokenizer_dir, tmp_path / "b", deadline_hours=1e-6,
                      **launching)["stopped"] == "deadline"
     again = su.launch(recipe, tmp_path / "b" / "tokens", tiny.tokenizer_dir, tmp_path / "b", **launching)
-    assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+    # another process, another memory layout: sums may round otherwise (2e-5 was seen); another order of rows gives 1e-3
+    assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
     rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["wait_seconds"] >= 0 and set(row["mixture"]) == set(WEB_CODE_MATH) for row in rows if row["kind"] == "train")

@@ -25,7 +25,8 @@ def run(*parameters, notebooks=CHAIN, **env):
 def chain(tmp_path_factory):
     """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "LIMIT=96", **CANARIES)
+    done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "CONTINUATIONS=8",
+               **CANARIES)
     assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return outputs / "chain", done.stdout
@@ -99,15 +100,6 @@ def test_charts_samples_and_executed_notebooks_are_there(chain):
     assert '"torch": "2.13.0' in environment
 
 
-def test_no_secret_of_the_environment_is_in_what_was_made(chain):
-    """Executed notebooks, logs, metrics, model folders, charts: every byte that the chain wrote."""
-    files = [path for path in chain[0].rglob("*") if path.is_file()]
-    assert len(files) > 30
-    for path in files:
-        data = path.read_bytes()
-        assert not any(canary.encode() in data for canary in CANARIES.values()), path
-
-
 def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
     folder, shown = chain
     benchmark = folder / "benchmark"
@@ -125,6 +117,31 @@ def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
     found = json.loads((benchmark / "contamination.json").read_text())["tasks"]
     assert sum(task["items"] for task in found.values()) == len(items)
     assert (benchmark / "benchmark.png").stat().st_size > 5_000
+
+
+def test_no_secret_of_the_environment_is_in_what_was_made(chain):
+    """Executed notebooks, logs, metrics, model folders, charts: every byte that the chain wrote."""
+    files = [path for path in chain[0].rglob("*") if path.is_file()]
+    assert len(files) > 30
+    for path in files:
+        data = path.read_bytes()
+        assert not any(canary.encode() in data for canary in CANARIES.values()), path
+
+
+def test_the_model_card_is_there_and_every_number_in_it_has_a_file(chain):
+    import stentor_card
+    folder, _ = chain
+    assert stentor_card.check_model_card(folder) == []
+    card = (folder / "final" / "README.md").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", "1,377,408 parameters",
+                 "8 continuations of 16 held-out tokens",
+                 "![loss](charts/loss.png)", "| **learning_rate** | 0.004 | 0.0008 |"):
+        assert text in card, text
+    assert (folder / "final/charts/loss.png").read_bytes() == (folder / "charts/loss.png").read_bytes()
+    executed = (folder / "notebooks" / "06_charts.ipynb").read_text()
+    assert "PUBLISH_TO is None: nothing is uploaded" in executed
+    assert "Benchmark scores: not measured." not in card and "sft is left out" not in executed      # 04 and 05 ran before
 
 
 def test_running_again_keeps_the_finished_model(chain):
@@ -175,6 +192,7 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
     ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder']", "MODEL=/no/such/model"],
      ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model"]),
     ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
+    ("06_charts", ["PUBLISH_TO=somewhere"], ["PUBLISH_TO = 'somewhere' must be None"]),
 ])
 def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, expected, tiny, tmp_path):
     vocabulary = (tiny.tokenizer_dir / "tokenmonster.vocab").read_bytes()
