@@ -1411,7 +1411,8 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     recipe's shape and precision techniques; only what requires gradients is trained and kept in checkpoints, and its start
     weights are part of what a checkpoint must match. Writes checkpoints/, metrics.jsonl, training_curves.csv, best/, final/ and
     summary.json; returns what summary.json holds.
-    SIGTERM and SIGINT finish the step (an evaluation is cut short), save, and raise SystemExit(143) or KeyboardInterrupt.
+    SIGTERM and SIGINT finish the step (an evaluation, or a wait for data, is cut short), save, and raise SystemExit(143) or
+    KeyboardInterrupt.
     Before `deadline_hours` after its start, early enough for what comes next and a save three times as slow as the slowest so
     far, the loop saves and returns with "stopped": "deadline" instead of final/; the same call goes on from there.
     NONFINITE_IN_A_ROW skipped steps, or a logged loss SPIKE above its running mean: back to the weights of the last evaluation
@@ -1634,7 +1635,11 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
             # One optimiser step over the global batch. What it draws at random is a function of (seed, step, rank).
             began = time.monotonic()
             try:
-                batch = engine.feed(store, step)
+                with cut_short_by_a_signal(can_be_cut, engine):               # it may have to wait for the hub
+                    batch = engine.feed(store, step)
+            except CutShort:
+                stopped = asked_to_stop(0)
+                break
             except FeedStopped:                       # what was trained is kept; the same call goes on from there
                 save()
                 raise
@@ -1743,12 +1748,12 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
 
 
 class CutShort(BaseException):
-    """A signal came during an evaluation."""
+    """A signal came during an evaluation, or while the next batch was waited for."""
 
 
 @contextlib.contextmanager
 def cut_short_by_a_signal(can_be_cut: list, engine: Engine):
-    """Inside the block a signal need not wait: all is saved. Several processes do wait: they could not leave together."""
+    """Inside the block a signal need not wait: no step is in flight. Several processes wait: they could not leave together."""
     can_be_cut += [True] * (engine.world_size == 1)
     yield
     can_be_cut.clear()

@@ -14,7 +14,7 @@ TEXT = {".py", ".ipynb", ".md", ".txt", ".json", ".toml", ".yml", ".yaml", ".jso
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle", "yaml.load", "eval", "exec"}
 SECRET = re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-|sk-|KGAT_)(?=[\w-]*\d)[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
-                    r"|-----BEGIN [A-Z ]*PRIVATE KEY")
+                    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----\s+[A-Za-z0-9+/]{40}")
 
 
 def sources(path: Path):

@@ -237,18 +237,30 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_in_training_and_in_an_evaluation(tiny, micro, tmp_path, number, code):
-    """At most the step in flight is lost, an evaluation is not waited for, the lock and the handlers are given back."""
+def test_a_signal_in_a_step_in_the_wait_for_data_and_in_an_evaluation(tiny, micro, tmp_path, monkeypatch, number, code):
+    """Nothing is lost, neither evaluation nor data is waited for, the lock and the handlers are given back."""
     train(tiny, micro, tmp_path / "alone", store=Wrapped(tiny, micro, lambda step, batch: batch))
+    accumulate = su.accumulate_gradients
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    for phase in ("training", "evaluation"):
-        folder, reached = tmp_path / phase, []
+    for phase, saved in (("step", 7), ("data", 6), ("evaluation", 4)):
+        folder, reached, now = tmp_path / phase, [], []
+
+        def in_the_step(*args):
+            loss = accumulate(*args)
+            if phase == "step" and now[-1] == 6 and not reached:
+                reached.append(6)
+                os.kill(os.getpid(), number)
+            return loss
+        monkeypatch.setattr(su, "accumulate_gradients", in_the_step)
 
         class Store(Wrapped):
             def batch(self, step):
-                if phase == "training" and step == 6 and not reached:
+                now.append(step)
+                if phase == "data" and step == 6 and not reached:
                     reached.append(step)
                     os.kill(os.getpid(), number)
+                    time.sleep(0.01)
+                    reached.append("the wait went on")
                 return super().batch(step)
 
             def evaluate(self, model, engine):
@@ -264,7 +276,7 @@ def test_a_signal_in_training_and_in_an_evaluation(tiny, micro, tmp_path, number
             train(tiny, micro, folder, store=Store(tiny, micro, lambda step, batch: batch))
         assert code == 130 or caught.value.code == 143
         assert len(reached) == 1, reached
-        assert su.checkpoint_folders(folder)[-1].name == ("step-00000007" if phase == "training" else "step-00000004")
+        assert su.checkpoint_folders(folder)[-1].name == f"step-{saved:08d}"
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
         train(tiny, micro, folder, store=Store(tiny, micro, lambda step, batch: batch))     # the same kernel goes on
         assert weights(folder) == weights(tmp_path / "alone")
@@ -506,15 +518,18 @@ def test_ten_bad_steps_in_a_row_go_back_and_three_times_stop(tiny, micro, tmp_pa
 def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
     """In batches 24 to 27 the labels are one token never seen: the logged loss leaps, and those batches leave no trace."""
     recipe = dataclasses.replace(tiny.recipe, token_budget=36 * 8 * 64, logging_steps=2)
-    rare, stops = tiny.recipe.shape.vocab_size - 1, []
+    rare, stops, same, folder = tiny.recipe.shape.vocab_size - 1, [], [], None
 
     def at(step, batch):
         if stops and step == stops[0]:
             stops.pop(0)
             os.kill(os.getpid(), signal.SIGINT)
+        if step in (26, 28):                          # saved right after going back: the weights of step 24
+            good, now = ((folder / "checkpoints" / f"step-{n:08d}" / "model.safetensors").read_bytes() for n in (24, step))
+            same.append(good == now)
         return {**batch, "labels": torch.full_like(batch["labels"], rare)} if 24 <= step < 28 else batch
     for name, at_steps in (("alone", []), ("stopped", [24, 27])):
-        stops[:] = at_steps
+        stops[:], folder = at_steps, tmp_path / name
         while True:
             try:
                 train(tiny, recipe, tmp_path / name, store=Wrapped(tiny, recipe, at))
@@ -525,7 +540,7 @@ def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
         assert [(row["step"], row["good_step"]) for row in back] == [(26, 24), (28, 24)]
         assert all(row["reason"].startswith("the loss rose to ") for row in back)
     losses = [row["loss"] for row in rows_of(tmp_path / "alone") if row["kind"] == "eval"]
-    assert losses == sorted(losses, reverse=True) and not stops
+    assert losses == sorted(losses, reverse=True) and not stops and all(same) and len(same) == 4, same
     assert weights(tmp_path / "alone") == weights(tmp_path / "stopped")
 
 
@@ -860,6 +875,6 @@ def test_resuming_reads_nothing_of_what_went_before(tiny, micro, tmp_path):
             return batch
         with pytest.raises(KeyboardInterrupt):
             train(tiny, recipe, tmp_path / str(percent), store=Wrapped(tiny, recipe, at))
-        assert read == [percent + 1, percent + 1, percent + 2], read
+        assert read == [percent, percent, percent + 1], read
     print({percent: f"{seconds:.2f} s" for percent, seconds in times.items()})
     assert max(times.values()) < 60
