@@ -210,11 +210,18 @@ def spread(values, form="{:.2f}") -> str:
     return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
+SHOWN = []                                            # what this part has printed, for training.md
+
+
+def show(text: str):
+    SHOWN.append(text)
+    print(text, flush=True)
+
+
 def table(title: str, head: list[str], rows: list[list]):
-    print(f"\n### {title}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    show(f"\n{title}:\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
-    sys.stdout.flush()
+        show("| " + " | ".join(map(str, row)) + " |")
 
 
 def ratios(of, to, key="wall"):
@@ -258,7 +265,7 @@ def bench_ours(shape, store_dir, rounds):
           ["", "tokens/s: median (min to max)", "speed against Trainer's defaults", "the same in CPU time", "peak RSS, MB",
            "matmul peak used"], rows)
     fast = ratios(turns["ours"], turns["trainer-fast"])
-    print(f"\nOurs against Trainer told bf16 + torch_compile: {spread(fast)}; against the plain loop: "
+    show(f"\nOurs against Trainer told bf16 + torch_compile: {spread(fast)}; against the plain loop: "
           f"{spread(ratios(turns['ours'], turns['plain']))}.")
     return result | {"ours_to_trainer_fast": fast}
 
@@ -366,7 +373,7 @@ def bench_corpus(folder: Path, sizes, rounds):
             spread(r["training_tokens_per_second"], "{:,.0f}"), spread(r["training_tokens_per_cpu_second"], "{:,.0f}"),
             f"{r['training_peak_mb']:,.0f}"] for size, r in result.items()])
     small, large = result[sizes[0]], result[sizes[-1]]
-    print(f"\n{sizes[-1]} MB against {sizes[0]} MB: peak memory of prepare_tokens {large['peak_mb'] / small['peak_mb']:.3f}, "
+    show(f"\n{sizes[-1]} MB against {sizes[0]} MB: peak memory of prepare_tokens {large['peak_mb'] / small['peak_mb']:.3f}, "
           f"of training {large['training_peak_mb'] / small['training_peak_mb']:.3f}.")
     return result
 
@@ -392,6 +399,7 @@ def main():
             su.prepare_tokens([su.Source("prose", "local:prose")], make_tokenizer(), folder / "store",
                               tokens_per_source={"prose": 1_500_000}, validation_documents=150, progress=lambda text: None)
         for part in given.only:
+            SHOWN.clear()
             if part == "ours":
                 result[part] = {shape: bench_ours(shape, folder / "store", given.rounds) for shape in given.shapes}
             elif part == "precision":
@@ -401,7 +409,10 @@ def main():
             else:
                 result[part] = bench_corpus(folder, given.megabytes, given.rounds)
             given.out.parent.mkdir(parents=True, exist_ok=True)
+            result["markdown"] = {**result.get("markdown", {}), part: "\n".join(SHOWN)}
             su.write_atomically(given.out, json.dumps(result, indent=1))
+            texts = [result["markdown"][name] for name in parts if name in result["markdown"]]
+            su.write_atomically(given.out.with_suffix(".md"), "\n".join(texts) + "\n")
     print(f"\nload average {os.getloadavg()[0]:.1f}; written to {given.out}")
 
 
