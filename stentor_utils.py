@@ -1360,6 +1360,9 @@ class Metrics:
         self.path = self.folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows = [json.loads(line) for line in lines[:keep_lines]]        # later ones are trained again
+        for left in self.folder.glob(".*.[0-9]*"):    # what write_atomically of a killed run left behind
+            if left.is_file():
+                left.unlink()
         self.write()
 
     def write(self):

@@ -68,8 +68,7 @@ class Wrapped:
 def test_kill_9_at_random_instants(tiny):
     """20 runs of fp16 with loss scaling, INT8's random rounding and EMA, 3 kills each, against one left alone.
 
-    Tried: without `restore` of the scaler's state, with EMA left out of the checkpoint, and with the old checkpoint deleted
-    before the new one is in place, it fails.
+    Tried: with the averages, or the loss scale, not taken from the checkpoint, it fails.
     """
     done = subprocess.run([sys.executable, "tests/soak.py", "--runs", "20", "--kills", "3", "--store", str(tiny.store_dir)],
                           cwd=REPO, capture_output=True, text=True)
