@@ -769,7 +769,9 @@ def load_model(path: str, dtype: str, device: torch.device):
         from huggingface_hub import snapshot_download
         files = Path(snapshot_download(name, allow_patterns=["tokenmonster.vocab", "*token*.json", "config.json"]))
         tokenizer = su.load_tokenizer(files if (files / "tokenmonster.vocab").is_file() else name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads those with weights_only=True.
+    load = su.load_model if Path(name).is_dir() else AutoModelForCausalLM.from_pretrained
+    model = load(name, dtype=getattr(torch, dtype)).to(device).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
