@@ -18,7 +18,7 @@ $(VENV)/.installed: requirements-cpu.txt
 	touch $@
 
 # Variables given on the command line are notebook parameters; a misspelt one is refused, not ignored.
-GIVEN := $(filter-out PYTHON=% NOTEBOOKS=%,$(MAKEOVERRIDES))
+GIVEN := $(foreach name,$(filter-out PYTHON NOTEBOOKS,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),'$(name)=$($(name))'))
 
 run: $(VENV)/.installed
 	$(PY) run_notebooks.py run $(NOTEBOOKS) -p PROFILE=cpu $(GIVEN)
