@@ -56,7 +56,9 @@ def test_50_steps_on_8_devices_are_the_cpu_engines(stentor3, tiny, cpu_curve, tm
     assert [row["compilations"] for row in trained] == [2] * 50 and summary["compilations"] == 2
     ran = np.diff([row["executions"] for row in trained])
     evaluated = set(range(20, 50, 20))
-    assert all(n == 1 for row, n in zip(trained[1:], ran) if row["step"] - 1 not in evaluated), ran
+    alone = [n for row, n in zip(trained[1:], ran) if row["step"] - 1 not in evaluated]
+    # the counter is read while the device runs: one step's execution may be counted with the next (0, 2 was seen)
+    assert abs(sum(alone) - len(alone)) <= 1 and max(alone) <= 2, ran
 
 
 def test_the_final_evaluation_needs_no_graph_of_its_own(tiny, tmp_path):
