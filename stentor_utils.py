@@ -1313,6 +1313,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     faulthandler.enable()                             # a crash in native code says where it was
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # where train() does not take it: before and after its loop
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell starts what it puts behind `&` with SIGINT ignored
     try:
         fill_from_file(*arguments[1:]) if filling else train_from_file(arguments[1])
     except (ParameterError, CheckpointError, SourceError, FeedStopped) as error:

@@ -293,13 +293,20 @@ def test_an_error_leaves_the_kernel_usable(tiny, micro, tmp_path):
 
 
 def test_the_stop_button_in_data_preparation(tiny, tmp_path):
-    """KeyboardInterrupt at random instants, in one process that goes on each time: the store is that of one call."""
-    def prepare(folder):
+    """KeyboardInterrupt after the third shard and at random instants, in one process that goes on each time: the store is
+    that of one call. How many of the random ones arrive in time depends on the machine."""
+    def prepare(folder, **more):
         su.prepare_tokens([tiny.source], tiny.tokenizer, folder, tokens_per_source={"topics": 150_000},
-                          validation_documents=4, shard_tokens=8_000, progress=quiet)
+                          validation_documents=4, shard_tokens=8_000, progress=quiet, **more)
+
+    def press(shards):
+        if shards == 3:
+            os.kill(os.getpid(), signal.SIGINT)
     began = time.monotonic()
     prepare(tmp_path / "whole")
     took, draw, stops = time.monotonic() - began, random.Random(1), 0
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "stopped", after_shard=press)
     for _ in range(8):
         timer = threading.Timer(draw.uniform(0, took), os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -312,7 +319,7 @@ def test_the_stop_button_in_data_preparation(tiny, tmp_path):
     prepare(tmp_path / "stopped")
     print(f"{stops} stops")
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "stopped")]
-    assert manifests[0] == manifests[1] and stops >= 1
+    assert manifests[0] == manifests[1]
     for path in (tmp_path / "whole" / "topics").iterdir():
         assert path.read_bytes() == (tmp_path / "stopped" / "topics" / path.name).read_bytes()
     assert not [p for p in (tmp_path / "stopped").rglob(".*")]
