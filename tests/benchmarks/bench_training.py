@@ -398,20 +398,26 @@ def main():
         if set(given.only) != {"corpus"}:
             su.prepare_tokens([su.Source("prose", "local:prose")], make_tokenizer(), folder / "store",
                               tokens_per_source={"prose": 1_500_000}, validation_documents=150, progress=lambda text: None)
-        for part in given.only:
+        every = [(part, shape) for part in parts for shape in (STEPS if part in ("ours", "precision") else [None])]
+        for part, shape in every:
+            if part not in given.only or shape not in (None, *given.shapes):
+                continue
             SHOWN.clear()
+            name = f"{part} {shape}" if shape else part
             if part == "ours":
-                result[part] = {shape: bench_ours(shape, folder / "store", given.rounds) for shape in given.shapes}
+                result[name] = bench_ours(shape, folder / "store", given.rounds)
             elif part == "precision":
-                result[part] = {shape: bench_precision(shape, folder / "store", given.rounds) for shape in given.shapes}
+                result[name] = bench_precision(shape, folder / "store", given.rounds)
             elif part == "overhead":
-                result[part] = bench_overhead(folder / "store")
+                result[name] = bench_overhead(folder / "store")
             else:
-                result[part] = bench_corpus(folder, given.megabytes, given.rounds)
+                result[name] = bench_corpus(folder, given.megabytes, given.rounds)
             given.out.parent.mkdir(parents=True, exist_ok=True)
-            result["markdown"] = {**result.get("markdown", {}), part: "\n".join(SHOWN)}
+            show(f"\nLoad average at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.")
+            result["markdown"] = {**result.get("markdown", {}), name: "\n".join(SHOWN)}
             su.write_atomically(given.out, json.dumps(result, indent=1))
-            texts = [result["markdown"][name] for name in parts if name in result["markdown"]]
+            names = [" ".join(filter(None, pair)) for pair in every]
+            texts = [result["markdown"][name] for name in names if name in result["markdown"]]
             su.write_atomically(given.out.with_suffix(".md"), "\n".join(texts) + "\n")
     print(f"\nload average {os.getloadavg()[0]:.1f}; written to {given.out}")
 
