@@ -1326,7 +1326,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # All is written and every process is here (Engine.close). One process of two once aborted (SIGABRT, in CI), most
-        # likely in the teardown of its communication threads; more than 100 tries did not show it again. Leave without.
+        # likely in the teardown of its communication threads; it was not seen again. Leave without that teardown.
         sys.stdout.flush()
         os._exit(0)
     return 0

@@ -84,7 +84,7 @@ def test_instruct_tuning_made_a_model_that_stops_and_a_probe_with_a_label_for_ev
         assert len(answers) == 2 * (35 + 160) and {row["label"] for row in answers} <= labels
         first = probe["models"][name]["scores"]["35 prompts, greedy"]
         assert first["harmful refused"]["n"] == 18 and first["benign helped"]["n"] == 17
-    assert set(probe["comparison"]) >= {"over-refusal", "harmful refused"} and "power" in shown or "told apart" in shown
+    assert set(probe["comparison"]) >= {"over-refusal", "harmful refused"} and ("power" in shown or "told apart" in shown)
     assert (folder / "final" / "model.safetensors").stat().st_size == (chain[0] / "final" / "model.safetensors").stat().st_size
     assert len(list(folder.glob("sft_metrics-*-phase*.jsonl"))) == 10 and (folder / "labels.png").stat().st_size > 5_000
 
