@@ -116,15 +116,24 @@ def test_a_save_cut_between_two_calls_loses_nothing(tmp_path, monkeypatch, insta
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000008", "step-00000016"}
 
 
-def test_the_crash_of_one_of_two_processes_restarts_both_from_the_checkpoint(tiny, tmp_path):
-    """kill -9 of one worker: `launch` starts both again, once, and the weights are those of two that were left alone."""
+def test_the_crash_of_one_of_two_processes_restarts_both_from_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """kill -9 of one worker: `launch` starts both again, once, and the weights are those of two that were left alone.
+
+    The restarted process 1 is late: process 0 must wait for its new address, not connect to the dead one's.
+    """
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, time
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1" and os.environ["RANK"] == "1":
+    time.sleep(4)
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     recipe = dataclasses.replace(tiny.recipe, token_budget=16 * 8 * 64, eval_steps=4, best_eval_steps=4, logging_steps=1)
     log, kills = [], []
 
     def kill_one(line):
         log.append(line)
         if line.startswith("step      6/") and not kills:
-            for path in Path("/proc").glob("[0-9]*"):
+            for path in list(Path("/proc").glob("[0-9]*")):      # a list: the restarted process must not be in it
                 try:
                     if b"RANK=1\0" in (path / "environ").read_bytes() and str(tmp_path / "killed").encode() in (
                             path / "cmdline").read_bytes():
