@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +216,7 @@ class Recipe:
     int8_qat: bool = False
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    torch_compile: bool = False                       # of the decoder layers and the loss; not on XLA
     initialization: str = "normal"                    # or "residual_scaled" (Stentor3)
     published: dict = field(default_factory=dict)     # figures printed in the card, for comparison only
     unpublished: tuple[str, ...] = ()                 # fields that the card does not print
@@ -322,6 +324,9 @@ class Recipe:
         if not bad & {"warmup_ratio", "stable_ratio"} and self.lr_scheduler_type == "warmup_stable_decay" and (
                 self.warmup_ratio + self.stable_ratio > 1):
             wrong.append(f"warmup_ratio + stable_ratio = {self.warmup_ratio + self.stable_ratio:g} must be at most 1.")
+        if self.torch_compile is True and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+            wrong.append(f"torch_compile = True needs a C++ compiler, and {compiler} is not here: install it, or set "
+                         "torch_compile to False.")
         if not self.sources:
             wrong.append("sources is empty: name at least one.")
         elif any(number(0)(s.weight) for s in self.sources) or not sum(s.weight for s in self.sources) > 0:

@@ -297,30 +297,40 @@ def load_checkpoint(run_dir, say=print, newest: float = math.inf) -> tuple[dict[
 # The engine: what differs between devices. This one serves the CPU and CUDA, with 1..N processes.
 
 
+def softmax_gradient(hidden, weight, target, ok):
+    """Summed cross-entropy of `hidden @ weight.T` and its gradient to the scores, in hidden's dtype; the softmax in FP32.
+
+    hidden (n, hidden_size), weight (vocab_size, hidden_size), target (n, 1), ok (n, 1): False where nothing is predicted.
+    """
+    scores = (hidden @ weight.T).float()                                             # (n, vocab_size)
+    largest, wanted = scores.amax(-1, keepdim=True), scores.gather(-1, target)
+    scores.sub_(largest).exp_()                                                      # one exponential a score
+    normalizer = scores.sum(-1, keepdim=True)
+    loss = ((normalizer.log() + largest - wanted) * ok).sum()
+    gradient = scores.mul_(ok / normalizer).to(hidden.dtype)                         # softmax - one_hot, 0 where masked
+    at_target = ((wanted - largest).exp() / normalizer - 1) * ok
+    return loss, gradient.scatter_(-1, target, at_target.to(hidden.dtype))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`, a few rows at a time, with the gradient made in the same pass.
 
     hidden (n, hidden_size), weight (vocab_size, hidden_size), targets (n,) with -100 where nothing is to be predicted;
-    matrix products in `dtype`, the softmax in FP32. The (n, vocab_size) logits never exist: at 8 x 512 x 4,096 they and
-    their gradients are 200 MB that leave the cache at every pass.
+    matrix products in `dtype`, the softmax in FP32; `rows_loss` is softmax_gradient or the same compiled. The
+    (n, vocab_size) logits never exist: at 8 x 512 x 4,096 they and their gradients are 200 MB that leave the cache at
+    every pass.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
+    def forward(ctx, hidden, weight, targets, dtype, rows_loss=softmax_gradient):
         rows = max(256, 2**22 // len(weight)) if hidden.device.type == "cpu" else max(1024, 2**26 // len(weight))
         w, valid, total = weight.to(dtype), targets != -100, hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), rows):
-            h, ok = hidden[i:i + rows].to(dtype), valid[i:i + rows, None]
-            target = targets[i:i + rows, None].clamp(min=0)
-            scores = (h @ w.T).float()                                               # (rows, vocab_size)
-            largest, wanted = scores.amax(-1, keepdim=True), scores.gather(-1, target)
-            scores.sub_(largest).exp_()                                              # one exponential a score
-            normalizer = scores.sum(-1, keepdim=True)
-            total += ((normalizer.log() + largest - wanted) * ok).sum()
-            gradient = scores.mul_(ok / normalizer)                                  # softmax - one_hot, 0 where masked
-            gradient = gradient.scatter_add_(-1, target, -ok.float()).to(dtype)
+            h = hidden[i:i + rows].to(dtype)
+            loss, gradient = rows_loss(h, w, targets[i:i + rows, None].clamp(min=0), valid[i:i + rows, None])
+            total += loss
             if grad_hidden is not None:
                 torch.mm(gradient, w, out=grad_hidden[i:i + rows])
             if grad_weight is not None:
@@ -333,10 +343,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         grads = (None if grad is None else (grad.float() * upstream).to(dtype)      # the loss scale comes in FP32
                  for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-def use_chunked_loss(model) -> None:
+def use_chunked_loss(model, compiled: bool = False) -> None:
     """Let a LlamaForCausalLM (bare or inside peft) compute its training loss by ChunkedCrossEntropy; the same loss.
 
     Only the call is replaced, on this object: without labels, or in eval mode, it is the stock forward.
@@ -344,6 +354,7 @@ def use_chunked_loss(model) -> None:
     from transformers import LlamaForCausalLM
     from transformers.modeling_outputs import CausalLMOutputWithPast
     llama = next(module for module in model.modules() if isinstance(module, LlamaForCausalLM))
+    rows_loss = torch.compile(softmax_gradient, dynamic=False) if compiled else softmax_gradient
 
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         if labels is None or not self.training:
@@ -353,10 +364,21 @@ def use_chunked_loss(model) -> None:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         targets = labels[:, 1:].flatten()
         with torch.autocast(device, enabled=False):
-            loss = ChunkedCrossEntropy.apply(hidden, self.lm_head.weight, targets, dtype)
+            loss = ChunkedCrossEntropy.apply(hidden, self.lm_head.weight, targets, dtype, rows_loss)
         counted = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / counted)
     llama.forward = types.MethodType(forward, llama)
+
+
+def compile_layers(model) -> None:
+    """torch.compile every decoder layer, in place: parameter names, saving and DDP stay as they are.
+
+    Layer by layer, because all equal layers share one compilation: 12.3M compiles in 38 s instead of 67 s and runs as fast.
+    """
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.compile(dynamic=False)
 
 
 def accumulate_gradients(model, batch: dict, engine: Engine, per_device: int) -> torch.Tensor:
@@ -445,9 +467,11 @@ class Engine:
     def optimizer(self, model, recipe: Recipe, say=print):
         return make_optimizer(recipe, parameter_groups(model, recipe.weight_decay), self.device, say)
 
-    def prepare(self, model):
+    def prepare(self, model, torch_compile: bool = False):
         """The model to call in the loop: the chunked loss; DistributedDataParallel when there are several processes."""
-        use_chunked_loss(model)
+        use_chunked_loss(model, torch_compile)
+        if torch_compile:
+            compile_layers(model)
         if self.world_size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
@@ -669,7 +693,8 @@ def run_fingerprint(recipe: Recipe, store) -> dict:
     """What must be equal for a checkpoint to be continued; cadences and micro-batch sizes may change, these may not."""
     free = {"name", "published", "unpublished", "per_device_train_batch_size", "per_device_eval_batch_size", "num_processes",
             "gradient_accumulation_steps", "eval_steps", "best_eval_steps", "best_eval_start_step", "save_every_minutes",
-            "save_total_limit", "logging_steps", "gradient_checkpointing", "budget_check", "sources"}
+            "save_total_limit", "logging_steps", "gradient_checkpointing", "budget_check", "torch_compile",
+            "sources"}
     values = {key: value for key, value in recipe.to_dict().items() if key not in free}
     values |= {"total_batch_size": recipe.total_batch_size, "sequences_to_train": recipe.sequences_to_train,
                "source_weights": {source.name: source.weight for source in recipe.sources}}
@@ -791,8 +816,10 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if recipe.ema_decay and engine.static_shapes:
         raise ParameterError([f"ema_decay = {recipe.ema_decay} is not for XLA: set it to None, or use a GPU or the CPU."])
+    if recipe.torch_compile and engine.static_shapes:
+        raise ParameterError(["torch_compile = True is not for XLA, which compiles by itself: set it to False."])
     averages = [parameter.detach().clone() for parameter in names] if recipe.ema_decay else []
-    parallel = engine.prepare(model)
+    parallel = engine.prepare(model, recipe.torch_compile)
 
     # where to begin
     fingerprint = run_fingerprint(recipe, store) | start_weights
@@ -895,6 +922,8 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
         def measure(model, engine=None):
             return evaluate(model, validation_ids, validation_bytes, block_size=recipe.block_size,
                             batch_size=recipe.per_device_eval_batch_size, engine=engine)
+    if recipe.torch_compile:                          # other shapes in another precision: not worth their compilation
+        measure = torch.compiler.set_stance("force_eager")(measure)
     step_tokens = getattr(store, "tokens_per_step", recipe.tokens_per_step)
     all_tokens = min(recipe.total_steps * step_tokens, recipe.total_tokens)
     trainable = sum(parameter.numel() for parameter in names)
@@ -1187,13 +1216,14 @@ def environment() -> dict:
 # What the training process must have in its environment before it starts; a user's own setting wins.
 # MALLOC_*: glibc gives every large tensor back to the kernel at each free and page-faults it in again at the next step;
 # keeping the pages made a 1.5M-parameter step 1.3x as fast here.
-# OMP_WAIT_POLICY: OpenMP threads spin while they wait for each other. When another process has the core that one of them
-# waits for, they burn the time it needs: 1.4M parameters on 2 cores, tokens/s (median of 2 or 3 runs)
-#     other busy processes      0        1        2
-#     spinning (default)   16,700    3,700    2,800  (and less than 1,000 at worst)
-#     passive              15,500    9,100    9,900
+# GOMP_SPINCOUNT: how long an OpenMP thread spins for the others before it sleeps. When another process has the core that one
+# of them waits for, spinning burns the time it needs; sleeping at once costs a wake-up at each of a step's thousand loops.
+# 1.4M parameters on 2 cores, tokens/s (median of 3 runs; of 2 beside a busy process):
+#     spins                    0    2,000   20,000   (unset: 300,000)
+#     idle cores          13,700   15,900   15,500
+#     one busy process     8,900    7,800    5,500   (compiled; unset 3,700 on another day)
 PROCESS_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864",
-                       "OMP_WAIT_POLICY": "passive"}
+                       "GOMP_SPINCOUNT": "2000"}
 
 
 class TrainingFailed(RuntimeError):

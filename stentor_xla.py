@@ -177,7 +177,7 @@ class XlaEngine:
                 optimizer.state[p] = {"step": torch.zeros(()).to(self.device), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
         return optimizer
 
-    def prepare(self, model):
+    def prepare(self, model, torch_compile: bool = False):
         return model
 
     # the step

@@ -256,6 +256,34 @@ sys.exit(su.main(["train", sys.argv[1]]))
     assert summary["eval_loss"] < np.log(tiny.recipe.shape.vocab_size) - 0.5
 
 
+def test_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(tiny, tmp_path):
+    """torch_compile with INT8 (stochastic rounding) and checkpointed layers, stopped after step 8 and gone on with."""
+    recipe = dataclasses.replace(tiny.recipe, token_budget=16 * 8 * 64, logging_steps=1, int8_qat=True, torch_compile=True,
+                                 gradient_checkpointing=True, fp32_critical_first=1, attn_implementation="eager")
+
+    def run(name, say=lambda text: None, **changes):
+        changed = dataclasses.replace(recipe, **changes)
+        su.train(changed, su.TokenStore(tiny.store_dir, changed), tmp_path / name, tokenizer=tiny.tokenizer, say=say)
+        return [row["loss"] for row in without_clock((tmp_path / name / "metrics.jsonl").read_bytes()) if "loss" in row]
+
+    def stop_after_8(line):
+        if line.startswith("step      8/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    torch._dynamo.utils.counters.clear()
+    compiled = run("compiled")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 3, counters["stats"]     # the critical layer, the other two, the loss
+    assert not counters["graph_break"]
+    with pytest.raises(SystemExit):
+        run("resumed", say=stop_after_8)
+    run("resumed")
+    same_run(tmp_path / "compiled", tmp_path / "resumed")
+    eager = run("eager", torch_compile=False)
+    assert compiled == pytest.approx(eager, rel=2e-3) and eager[-1] < eager[0] - 0.1      # rounded by other random numbers
+    names = [set(su.load_model(tmp_path / name / "final").state_dict()) for name in ("compiled", "eager")]
+    assert names[0] == names[1]
+
+
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_run(tiny, whole, tmp_path, monkeypatch):
     """A device that holds two sequences at a time: the loss curve is that of the run that held four."""
     from transformers import LlamaModel
