@@ -216,7 +216,7 @@ class Recipe:
     int8_qat: bool = False
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
-    torch_compile: bool = False                       # of the decoder layers and the loss; not on XLA
+    torch_compile: bool = False                       # layers and loss; on a CPU fastest with "eager" attention; not on XLA
     initialization: str = "normal"                    # or "residual_scaled" (Stentor3)
     published: dict = field(default_factory=dict)     # figures printed in the card, for comparison only
     unpublished: tuple[str, ...] = ()                 # fields that the card does not print

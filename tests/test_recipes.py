@@ -95,6 +95,15 @@ def test_recipes_are_sound_and_survive_json(name):
     assert 1e6 < su.count_parameters(R[name].scaled_to("cpu").shape) < 2e6
 
 
+def test_compiling_without_a_compiler_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    recipe = dataclasses.replace(R["stentor2-12m"], torch_compile=True)
+    assert recipe.problems() == ["torch_compile = True needs a C++ compiler, and no-such-compiler is not here: install it, or "
+                                 "set torch_compile to False."]
+    with pytest.raises(su.ParameterError, match="no-such-compiler"):
+        su.find_recipe("stentor2-12m", "cpu", {"torch_compile": True})
+
+
 def test_built_model_has_the_published_shape_and_initialisation():
     recipe = R["stentor3-20m"]
     model = su.build_model(recipe.shape, initialization=recipe.initialization)
