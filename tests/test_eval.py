@@ -169,6 +169,19 @@ def test_sharing_and_batching_change_nothing(ours, english):
     assert sum(len(tree.branches) > 1 for tree in shared) > 10      # that there was something shared
 
 
+def test_what_is_asked_twice_is_not_summed_twice(ours, english):
+    """Twice in one item, in two items, and across tasks: as BLiMP and real choices have it. Whole texts too."""
+    lm = se.StentorLM(ours.model, ours.tokenizer)
+    a, b, c = english[:3]
+    pairs = [("", [a, a, b]), ("", [a, c]), (a, [f" {b}", f" {c}", f" {b}"]), (a, [f" {b}"])]
+    expected = [direct(ours.model, ours.tokenizer, context, text) for context, texts in pairs for text in texts]
+    found = lm.loglikelihood(instances(pairs))
+    assert [score for score, _ in found] == pytest.approx(expected, abs=5e-4)
+    rolling = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in (b, a, b)])
+    once = [direct(ours.model, ours.tokenizer, "", text) for text in (b, a)]
+    assert rolling == pytest.approx([once[0], once[1], once[0]], abs=5e-4)
+
+
 def test_empty_contexts_continuations_and_greedy(ours, english):
     lm = se.StentorLM(ours.model, ours.tokenizer)
     text = english[0]
