@@ -18,6 +18,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 os.environ["TQDM_DISABLE"] = "1"                      # read when tqdm is imported
+THEIRS = {**os.environ, "HF_HUB_OFFLINE": "1"}
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")       # as `launch` starts ours; before torch is imported
 
 import numpy as np                                    # noqa: E402
 import torch                                          # noqa: E402
@@ -78,7 +80,7 @@ def run_theirs(model: Path, yaml: Path, folder: Path, eos: int) -> dict:
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--include_path", str(yaml),
                "--model_args", f"pretrained={model},trust_remote_code=True,prefix_token_id={eos}",
                "--tasks", "bench_swag,bench_arc,bench_pairs", "--output_path", str(folder), "--log_samples"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=THEIRS)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
     out = {}
