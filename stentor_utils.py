@@ -373,7 +373,7 @@ def use_chunked_loss(model, compiled: bool = False) -> None:
 def compile_layers(model) -> None:
     """torch.compile every decoder layer, in place: parameter names, saving and DDP stay as they are.
 
-    Layer by layer, because all equal layers share one compilation: 12.3M compiles in 38 s instead of 67 s and runs as fast.
+    Layer by layer, because all equal layers share one compilation: 12.3M's first three steps took 38 s, not 67 s.
     """
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     for module in model.modules():
@@ -1218,10 +1218,10 @@ def environment() -> dict:
 # keeping the pages made a 1.5M-parameter step 1.3x as fast here.
 # GOMP_SPINCOUNT: how long an OpenMP thread spins for the others before it sleeps. When another process has the core that one
 # of them waits for, spinning burns the time it needs; sleeping at once costs a wake-up at each of a step's thousand loops.
-# 1.4M parameters on 2 cores, tokens/s (median of 3 runs; of 2 beside a busy process):
-#     spins                    0    2,000   20,000   (unset: 300,000)
-#     idle cores          13,700   15,900   15,500
-#     one busy process     8,900    7,800    5,500   (compiled; unset 3,700 on another day)
+# 1.4M parameters, compiled, 2 cores, tokens/s (mean of 2 runs each; unset is 300,000):
+#     spins                    0    2,000   20,000
+#     idle cores          18,000   20,200   22,700
+#     one busy process    11,500   10,700    5,500
 PROCESS_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864",
                        "GOMP_SPINCOUNT": "2000"}
 

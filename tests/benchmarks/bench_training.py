@@ -31,7 +31,8 @@ STEPS = {"1.5M": 8, "12.3M": 4}                       # timed steps a turn
 CONTESTANTS = {"ours": "ours, as `launch` starts it", "ours-compiled": "ours, torch_compile and eager attention",
                "ours-fp32": "ours without autocast",
                "plain": "plain PyTorch loop, fp32", "trainer": "transformers.Trainer, defaults",
-               "trainer-fast": "Trainer, bf16 + torch_compile"}
+               "trainer-fast": "Trainer, bf16 + torch_compile",
+               "trainer-fast-eager": "Trainer, bf16 + torch_compile and eager attention"}
 NO_TECHNIQUE = {"fp32_norms": False, "fp32_critical_first": 0, "fp32_critical_last": 0, "int8_qat": False,
                 "fp32_softmax": False, "attn_implementation": "sdpa", "gradient_checkpointing": False}
 TECHNIQUES = {"none": {}, "FP32 norms": {"fp32_norms": True}, "FP32 layers 0 and 1": {"fp32_critical_first": 2},
@@ -123,7 +124,8 @@ def trainer_steps(recipe, store, turns, **told):
 
     with tempfile.TemporaryDirectory() as folder:
         turns.begin()
-        Trainer(model=su.build_model(recipe.shape, recipe.seed), train_dataset=Rows(), callbacks=[Turns()],
+        model = su.build_model(recipe.shape, recipe.seed, attn_implementation=recipe.attn_implementation)
+        Trainer(model=model, train_dataset=Rows(), callbacks=[Turns()],
                 args=TrainingArguments(folder, max_steps=4096, save_strategy="no", report_to="none", disable_tqdm=True,
                                        per_device_train_batch_size=recipe.total_batch_size,
                                        learning_rate=recipe.learning_rate, **told)).train()
@@ -158,11 +160,13 @@ def contest(name: str, shape: str, store_dir: str):
         recipe = dataclasses.replace(recipe, **{**NO_TECHNIQUE, **TECHNIQUES[technique]})
     if name == "ours-fp32":
         recipe = dataclasses.replace(recipe, mixed_precision="no")
-    if name == "ours-compiled":                       # compiled eager attention beats SDPA's CPU kernel
-        recipe = dataclasses.replace(recipe, torch_compile=True, attn_implementation="eager")
+    if name == "ours-compiled":
+        recipe = dataclasses.replace(recipe, torch_compile=True)
+    if name in ("ours-compiled", "trainer-fast-eager"):       # compiled eager attention beats SDPA's CPU kernel
+        recipe = dataclasses.replace(recipe, attn_implementation="eager")
     store, turns = su.TokenStore(store_dir, recipe), Turns()
     if name.startswith("trainer"):
-        told = {"bf16": su.cpu_has_bf16(), "torch_compile": True, "use_cpu": True} if name == "trainer-fast" else {}
+        told = {"bf16": su.cpu_has_bf16(), "torch_compile": True, "use_cpu": True} if "fast" in name else {}
         return trainer_steps(recipe, store, turns, **told)
     step = (plain_step if name == "plain" else our_step)(recipe, store)
     if turns.begin():
@@ -255,7 +259,7 @@ def bench_ours(shape, store_dir, rounds):
     rows, result = [], {"matmul_peak_gflops": {k: v / 1e9 for k, v in peak.items()}, "contestants": {}}
     for name, label in CONTESTANTS.items():
         rates = [steps * recipe.tokens_per_step / t["wall"] for t in turns[name]]
-        dtype = "bf16" if name in ("ours", "ours-compiled", "trainer-fast") and su.cpu_has_bf16() else "fp32"
+        dtype = "bf16" if name not in ("ours-fp32", "plain", "trainer") and su.cpu_has_bf16() else "fp32"
         mfu = statistics.median(rates) * flops_per_token(recipe) / peak[dtype]
         faster, cpu = ratios(turns[name], turns["trainer"]), ratios(turns[name], turns["trainer"], "cpu")
         rows.append([label, spread(rates, "{:,.0f}"), spread(faster), spread(cpu), f"{turns[name][-1]['peak_mb']:,.0f}",
@@ -268,7 +272,7 @@ def bench_ours(shape, store_dir, rounds):
           ["", "tokens/s: median (min to max)", "speed against Trainer's defaults", "the same in CPU time", "peak RSS, MB",
            "matmul peak used"], rows)
     against = {name: {of: ratios(turns[of], turns[name]) for of in ("ours", "ours-compiled")}
-               for name in ("trainer-fast", "plain")}
+               for name in ("trainer-fast", "trainer-fast-eager", "plain")}
     for name, of in against.items():
         show(f"\nAgainst {CONTESTANTS[name]}: ours {spread(of['ours'])}, with torch_compile {spread(of['ours-compiled'])}.")
     return result | {"ours_to": against}
