@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stentor_utils as su
+from stentor_data import secret_kinds, secret_values
 
 NOT_MEASURED = "not measured"
 MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
@@ -817,12 +818,6 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
 
 # What a model folder is made of.
 UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png"}
-SECRETS = {                                           # as bytes: they are looked for in every file, weights included
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}", "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,})",
-    "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b", "an OpenAI or Anthropic key": rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}",
-    "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{20,}", "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a Kaggle key": rb'"key"\s*:\s*"[0-9a-f]{32}"', "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}"}
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
 def find_token() -> str | None:
@@ -853,14 +848,14 @@ def upload_plan(folder) -> tuple[list[Path], list[str]]:
 def find_secrets(files, values: tuple[str, ...] = ()) -> list[str]:
     """"<file>: <kind of secret>" for everything in `files` that looks like a secret or holds one of `values`.
 
-    Also looked for: the values of environment variables whose names say that they are secret. No value is ever returned.
+    Bytes are searched, weights included. Also looked for: `secret_values` of the environment. No value is ever returned.
     """
-    known = {"the token itself": values, **{f"the value of ${name}": (value,) for name, value in os.environ.items()
-                                            if SECRET_NAME.search(name) and len(value) >= 12}}
+    known = {"the token itself": values,
+             **{f"the value of ${name}": (value,) for name, value in secret_values().items() if len(value) >= 12}}
     found = []
     for path in files:
         content = Path(path).read_bytes()
-        found += [f"{path.name}: {kind}" for kind, pattern in SECRETS.items() if re.search(pattern, content)]
+        found += [f"{path.name}: {kind}" for kind in secret_kinds(content)]
         found += [f"{path.name}: {kind}" for kind, texts in known.items() if any(text.encode() in content for text in texts)]
     return found
 

@@ -45,8 +45,9 @@ from stentor_precision import (                       # noqa: E402, F401
     FP32Layer, FP32Norm, FP32SoftmaxAttention, Int8Linear, _in_front_of, _int8_codes, apply_precision_recipe,
     rename_weight_master)
 from stentor_recipes import (                         # noqa: E402, F401
-    ALL_RECIPES, RECIPES, REPAIRED, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16, find_recipe,
-    kv_cache_bytes, number, parameter_budget, run_name, secret_problems, writable_folder)
+    ALL_RECIPES, RECIPES, REPAIRED, SESSION_HOURS, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16,
+    find_recipe, fit_to_tokenizer, generation_settings, hours_left, items, kv_cache_bytes, number, open_tokenizer,
+    parameter_budget, run_name, secret_problems, session_end, session_start, string, tokenizer_misfit, writable_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1188,7 +1189,18 @@ def find_profile(profile: str) -> str:
         return profile
     if os.environ.get("PJRT_DEVICE") == "TPU" or list(Path("/dev").glob("accel*")) or list(Path("/dev").glob("vfio/[0-9]*")):
         return "tpu"
-    return "t4" if torch.cuda.device_count() else "cpu"
+    if torch.cuda.device_count():
+        return "t4"
+    say_cpu_twin()
+    return "cpu"
+
+
+@functools.cache
+def say_cpu_twin() -> None:
+    """Once in a process: what "auto" means where there is no accelerator."""
+    print("PROFILE = 'auto' found no accelerator: this is the recipe's small CPU twin (about 1.4M parameters, the text that "
+          "comes with Python); for the recipe itself choose a GPU or TPU accelerator, or set PROFILE = 't4' or 'tpu', in "
+          "01 as in the notebook that trains.", flush=True)
 
 
 def write_model_card(run_dir, **settings) -> Path:
@@ -1264,6 +1276,9 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if num_processes > 1 else {}
     env = {**PROCESS_ENVIRONMENT, **group, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    env.pop("STENTOR_DEADLINE", None)
+    if deadline_hours:                                # one clock for every process: imports and a restart count too
+        env["STENTOR_DEADLINE"] = str(time.monotonic() + 3600 * deadline_hours)
     if xla:                                           # TF_CPP...: XLA's compiler warns at length, of nothing we can change
         virtual = {"CPU_NUM_DEVICES": os.environ.get("CPU_NUM_DEVICES", "8")} if xla == "CPU" else {}
         env |= {"STENTOR_ENGINE": "xla", "PJRT_DEVICE": xla, "TF_CPP_MIN_LOG_LEVEL": "2", **virtual}
@@ -1293,8 +1308,12 @@ def train_from_file(path) -> dict:
     path = Path(path).resolve()
     run = json.loads(path.read_text())
     recipe = Recipe.from_dict(run["recipe"])
+    if problems := recipe.problems():
+        raise ParameterError(problems)
     tokenizer = load_tokenizer(path.parent / run["tokenizer"])
-    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=run.get("deadline_hours"))
+    end = os.environ.get("STENTOR_DEADLINE")          # from launch
+    hours = hours_left(float(end)) if end else run.get("deadline_hours")
+    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=hours)
     if not run.get("fill"):
         return go(store=TokenStore(path.parent / run["store"], recipe))
     with fill_while_training(path, recipe, run["fill"]["shard_tokens"]) as failed:
