@@ -171,12 +171,18 @@ def benchmark_rows(facts: Facts) -> tuple[str | None, list[int]]:
     return model, [i for i, row in enumerate(rows) if row.get("model") == model]
 
 
+def yaml_text(value) -> str:
+    """Any text as one quoted line of YAML. JSON is not it: its \\ud83d\\ude00 for an emoji is read as two broken halves."""
+    import yaml
+    return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=math.inf).strip()
+
+
 def metadata(facts: Facts) -> str:
     """The YAML head: huggingface_hub's ModelCardData with an EvalResult for every score; values are marks still."""
     from huggingface_hub import EvalResult, ModelCardData
 
     def quoted(file, *path):
-        return facts.show(file, *path, form=json.dumps)
+        return facts.show(file, *path, form=yaml_text)
 
     results = []
     held_out = {"task_type": "text-generation", "dataset_type": "held-out",
@@ -197,7 +203,7 @@ def metadata(facts: Facts) -> str:
                 source_url="https://github.com/EleutherAI/lm-evaluation-harness",
                 metric_args={key: text for key, text in bounds.items() if text != NOT_MEASURED}))
     sources = facts.get("run.json", "recipe", "sources") or []
-    datasets = [facts.derive(lambda path: json.dumps(path.removeprefix("hf:")), str, "the hub source's name",
+    datasets = [facts.derive(lambda path: yaml_text(path.removeprefix("hf:")), str, "the hub source's name",
                              ("run.json", "recipe", "sources", i, "path"))
                 for i, source in enumerate(sources) if str(source.get("path", "")).startswith("hf:")]
     given = {key: quoted("model_card.json", "parameters", key) for key in ("name", "language", "license")}
@@ -885,9 +891,16 @@ def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ..
         raise su.ParameterError(problems)
     from huggingface_hub import CommitOperationAdd, HfApi
     api = HfApi(token=token, endpoint=endpoint)
-    api.create_repo(repo_id, private=True, exist_ok=True)
-    if not api.repo_info(repo_id).private:
+    try:
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        private = api.repo_info(repo_id).private
+        if private:
+            added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+            commit = api.create_commit(repo_id, added, commit_message="Model and card, uploaded by stentor_card.publish")
+    except Exception as error:                        # huggingface_hub's own, and those of whichever HTTP library it has
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise su.ParameterError([f"{repo_id} could not be uploaded ({reason}); check that internet is on (Kaggle: Settings, "
+                                 "Internet), that the token may write, and HF_HUB_OFFLINE. The model here is as it was."]) from error
+    if not private:
         raise su.ParameterError([f"{repo_id} exists and is public: upload to a private one, look at it, then make it public."])
-    commit = api.create_commit(repo_id, [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-                               commit_message="Model and card, uploaded by stentor_card.publish")
     return [*lines, f"done: {commit.commit_url}"]

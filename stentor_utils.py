@@ -138,6 +138,17 @@ def save_model_folder(model, tokenizer, folder) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_tokenizer(tokenizer, folder) -> None:
+    """A tokenizer folder, complete or not there at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(temporary)
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def load_model(folder, **settings):
     """AutoModelForCausalLM from a folder (or hub name) that nobody vouches for: safetensors only, and none of its code.
 
@@ -1213,6 +1224,41 @@ def find_outputs(outputs: str) -> Path:
     """A relative OUTPUTS is beside stentor_utils.py, or in the working folder where that is read-only (Kaggle inputs)."""
     here = Path(__file__).resolve().parent
     return Path(outputs) if Path(outputs).is_absolute() else (here if os.access(here, os.W_OK) else Path.cwd()) / outputs
+
+
+def run_problem(folder) -> str | None:
+    """What is wrong with `folder` as a run, ours or a foreign one: "holds no run: ...", or None."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "is not a folder"
+    signs = ("run.json", "summary.json", "metrics.jsonl", "final/config.json", "config.json", "*.csv", "benchmark/*",
+             "instruct/sft_summary.json", "**/trainer_state.json", "**/results*.json")
+    if not any(next(folder.glob(sign), None) for sign in signs):
+        return "holds no run: no log, no model, no scores; run notebook 02 or 03 first"
+
+
+def writable_run(run_dir, say=print) -> Path:
+    """`run_dir`, or where that cannot be written to (a Kaggle input) a copy in the working folder's outputs.
+
+    Files, final/ and charts/ are copied; other folders, such as tokens/ and checkpoints/, are linked.
+    """
+    run_dir = Path(run_dir).resolve()
+    if not writable_folder(run_dir):
+        return run_dir
+    mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]       # two inputs may hold runs of one name
+    copy_dir = find_outputs("outputs") / f"attached-{mark}" / run_dir.name
+    say(f"{run_dir} cannot be written to: what is made here goes to {copy_dir}, a copy of it")
+    copy_dir.mkdir(parents=True, exist_ok=True)
+    for path in run_dir.iterdir():
+        if path.is_dir() and path.name not in ("final", "charts"):
+            if not os.path.lexists(copy_dir / path.name):
+                (copy_dir / path.name).symlink_to(path)
+        else:
+            for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+                to = copy_dir / file.relative_to(run_dir)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, to)             # not its mode: that of an input forbids to write
+    return copy_dir
 
 
 def environment() -> dict:
