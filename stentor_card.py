@@ -900,7 +900,7 @@ def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ..
     except Exception as error:                        # huggingface_hub's own, and those of whichever HTTP library it has
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise su.ParameterError([f"{repo_id} could not be uploaded ({reason}); check that internet is on (Kaggle: Settings, "
-                                 "Internet), that the token may write, and HF_HUB_OFFLINE. The model here is as it was."]) from error
+                                 "Internet), that the token may write, and HF_HUB_OFFLINE."]) from error
     if not private:
         raise su.ParameterError([f"{repo_id} exists and is public: upload to a private one, look at it, then make it public."])
     return [*lines, f"done: {commit.commit_url}"]

@@ -1242,7 +1242,7 @@ def writable_run(run_dir, say=print) -> Path:
 
     Files, final/ and charts/ are copied; other folders, such as tokens/ and checkpoints/, are linked.
     """
-    run_dir = Path(run_dir).resolve()
+    run_dir = Path(os.path.abspath(run_dir))
     if not writable_folder(run_dir):
         return run_dir
     mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]       # two inputs may hold runs of one name
