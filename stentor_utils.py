@@ -47,7 +47,7 @@ from stentor_precision import (                       # noqa: E402, F401
 from stentor_recipes import (                         # noqa: E402, F401
     ALL_RECIPES, RECIPES, REPAIRED, SESSION_HOURS, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16,
     find_recipe, fit_to_tokenizer, generation_settings, hours_left, items, kv_cache_bytes, number, open_tokenizer,
-    parameter_budget, run_name, secret_problems, session_end, session_start, string, tokenizer_misfit, writable_folder)
+    parameter_budget, run_name, secret_problems, session_end, session_start, shown, string, tokenizer_misfit, writable_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
