@@ -37,7 +37,7 @@ run: $(VENV)/.installed
 # More draws of the recipe of RUN, by 02 alone with its tokenizer and its token store: mean, range, and each of them.
 SEEDS ?= 42 43 44
 run-seeds: $(VENV)/.installed
-	$(PY) run_notebooks.py seeds $(call quoted,$(value SEEDS)) -p PROFILE=cpu $(call given,SEEDS)
+	$(PY) run_notebooks.py seeds $(call quoted,$(value SEEDS)) -p $(call given,SEEDS)
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest tests --durations=10

@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import json
+import math
 import os
 import re
 import statistics
@@ -57,7 +58,8 @@ def read_value(typed: str, kind: str, optional: bool):
     if kind in ("int", "float"):
         for read in (int, float):
             try:
-                return read(typed)
+                value = read(typed)
+                return typed if abs(value) == math.inf and "inf" not in typed.lower() else value     # 1e400 is not inf
             except ValueError:
                 pass
     elif kind == "bool":
@@ -151,23 +153,37 @@ def execute(path: Path, folder: Path, parameters: dict) -> None:
 def run_seeds(seeds: list[int], given: dict[str, str]) -> Path:
     """Train RUN's recipe again by 02 alone, once a seed, with RUN's tokenizer and token store; seeds that are there are kept.
 
-    The runs are <RUN>-seed<seed>. Returns RUN's folder. Raises ParameterError without a finished RUN.
+    given: RUN and OUTPUTS; all else is as RUN has it. The runs are <RUN>-seed<seed>. Returns RUN's folder. Raises
+    ParameterError where RUN has not ended, or was not made by 02.
     """
-    outputs, run = su.find_outputs(given.get("OUTPUTS", "outputs")), given.get("RUN", "demo")
-    if wrong := su.run_name(run) or (None if (outputs / run / "summary.json").is_file() else
-                                     f"has no summary.json in {outputs}: make run first"):
-        raise su.ParameterError([f"RUN = {run!r} {wrong}."])
+    outputs, name = su.find_outputs(given.get("OUTPUTS", "outputs")), given.get("RUN", "demo")
+    problems = [f"{key} is RUN's own here: only RUN, OUTPUTS and SEEDS are taken." for key in given
+                if key not in ("RUN", "OUTPUTS")]
+    if wrong := su.run_name(name) or not (outputs / name / "summary.json").is_file() and f"has not ended in {outputs}":
+        problems.append(f"RUN = {name!r} {wrong}.")
+    if problems:
+        raise su.ParameterError(problems)
+    run = json.loads((outputs / name / "run.json").read_text())
+    if run.get("fill"):
+        raise su.ParameterError([f"RUN = {name!r} was made by 03, which keeps no token store for other runs."])
+    recipe = su.Recipe.from_dict(run["recipe"])
+    base, profile = recipe.name.removesuffix("-cpu"), "cpu" if recipe.name.endswith("-cpu") else "t4"
+    changed = {field.removeprefix("shape."): value for field, value, _ in recipe.difference(su.find_recipe(base, profile))
+               if field not in ("seed", "mixed_precision")}
+    if "sources" in changed:
+        changed["sources"] = recipe.to_dict()["sources"]
     for seed in seeds:
-        if seed in [draw["seed"] for draw in draws_like(outputs / run)]:
+        if seed in [draw["seed"] for draw in draws_like(outputs / name)]:
             print(f"seed {seed} is there already")
             continue
-        folder = outputs / f"{run}-seed{seed}"
+        folder = outputs / f"{name}-seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(folder / "tokens"):    # one store for all: the seeds differ in nothing else
-            (folder / "tokens").symlink_to(Path("..") / run / "tokens")
-        run_notebooks(["02_pretrain_t4"], {**given, "RUN": folder.name, "SEED": str(seed),
-                                           "TOKENIZER": str(outputs / run / "tokenizer")})
-    return outputs / run
+            (folder / "tokens").symlink_to(Path("..") / name / "tokens")
+        run_notebooks(["02_pretrain_t4"], {
+            "PROFILE": profile, "RECIPE": base, "OVERRIDES": json.dumps(changed), "OUTPUTS": str(outputs), "SEED": str(seed),
+            "RUN": folder.name, "TOKENIZER": str((outputs / name / run["tokenizer"]).resolve())})
+    return outputs / name
 
 
 # What may differ between two draws of one recipe: the seed, and what only says how the machine takes it.
