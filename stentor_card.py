@@ -472,7 +472,7 @@ def training(facts: Facts) -> str:
     try:
         card = su.ALL_RECIPES[published.removeprefix("published recipe ")]
         different = [name for name, _, _ in su.Recipe.from_dict(recipe).difference(card)]
-    except (AttributeError, KeyError, TypeError):     # an own recipe, or a run.json of another version of the suite
+    except (AttributeError, KeyError, su.ParameterError):       # an own recipe, or a run.json of another version of the suite
         published, different = None, []
     lines += ["What differs from the published recipe is in bold." if published else
               "There is no published recipe of this name to hold it against.", "",

@@ -769,7 +769,11 @@ def open_tokenizer(named: str | None, recipe: Recipe, run_dir):
             where = max(others, key=lambda path: (path / "report.json").stat().st_mtime)
             print(f"TOKENIZER: there is no {run_dir / 'tokenizer'}; taken is {where}, which 01 made for this recipe.")
         elif recipe.tokenizer not in ("build", "bpe"):
-            released = find_vocabulary(recipe.tokenizer)
+            try:
+                released = find_vocabulary(recipe.tokenizer)
+            except ParameterError as error:
+                raise ParameterError([f"TOKENIZER: there is no {where}, and {error} Run 01_tokenizer first, or switch internet "
+                                      "on (Kaggle: Settings, Internet)."]) from None
     try:
         if released:
             from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
