@@ -1,5 +1,6 @@
 # make run                         tokenizer -> pretraining -> instruct tuning -> benchmark -> charts on this CPU, offline
 # make run RUN=mine TOKEN_BUDGET=1000000 RECIPE=stentor3-20m      any parameter of the notebooks
+# make run-seeds SEEDS="42 43 44"  the same recipe with other seeds; make results then prints mean and range
 # make test                        what CI runs
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run test tpu-test tpu-aot bench soak results lint clean
+.PHONY: run run-seeds test tpu-test tpu-aot bench soak results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -17,11 +18,26 @@ $(VENV)/.installed: requirements-cpu.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
 	touch $@
 
-# Variables given on the command line are notebook parameters; a misspelt one is refused, not ignored.
-GIVEN := $(foreach name,$(filter-out PYTHON NOTEBOOKS,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),'$(name)=$($(name))'))
+# Variables given on the command line are notebook parameters; a misspelt one is refused, not ignored. They go on as they were
+# typed: $(value) leaves a $ alone, and a quote or a line break is quoted for the shell. Nor are they exported, which would
+# expand them.
+define NEWLINE
+
+
+endef
+TYPED := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+unexport $(TYPED)
+MAKEOVERRIDES =
+quoted = '$(subst $(NEWLINE),'$$'\n'',$(subst ','\'',$(1)))'
+given = $(foreach name,$(filter-out PYTHON NOTEBOOKS $(1),$(TYPED)),$(call quoted,$(name)=$(value $(name))))
 
 run: $(VENV)/.installed
-	$(PY) run_notebooks.py run $(NOTEBOOKS) -p PROFILE=cpu $(GIVEN)
+	$(PY) run_notebooks.py run $(NOTEBOOKS) -p PROFILE=cpu $(call given)
+
+# More draws of the recipe of RUN, by 02 alone with its tokenizer and its token store: mean, range, and each of them.
+SEEDS ?= 42 43 44
+run-seeds: $(VENV)/.installed
+	$(PY) run_notebooks.py seeds $(call quoted,$(value SEEDS)) -p $(call given,SEEDS)
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest tests --durations=10

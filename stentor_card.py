@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stentor_utils as su
+from stentor_data import secret_kinds, secret_values
 
 NOT_MEASURED = "not measured"
 MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
@@ -170,12 +171,18 @@ def benchmark_rows(facts: Facts) -> tuple[str | None, list[int]]:
     return model, [i for i, row in enumerate(rows) if row.get("model") == model]
 
 
+def yaml_text(value) -> str:
+    """Any text as one quoted line of YAML. JSON is not it: its \\ud83d\\ude00 for an emoji is read as two broken halves."""
+    import yaml
+    return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=math.inf).strip()
+
+
 def metadata(facts: Facts) -> str:
     """The YAML head: huggingface_hub's ModelCardData with an EvalResult for every score; values are marks still."""
     from huggingface_hub import EvalResult, ModelCardData
 
     def quoted(file, *path):
-        return facts.show(file, *path, form=json.dumps)
+        return facts.show(file, *path, form=yaml_text)
 
     results = []
     held_out = {"task_type": "text-generation", "dataset_type": "held-out",
@@ -196,7 +203,7 @@ def metadata(facts: Facts) -> str:
                 source_url="https://github.com/EleutherAI/lm-evaluation-harness",
                 metric_args={key: text for key, text in bounds.items() if text != NOT_MEASURED}))
     sources = facts.get("run.json", "recipe", "sources") or []
-    datasets = [facts.derive(lambda path: json.dumps(path.removeprefix("hf:")), str, "the hub source's name",
+    datasets = [facts.derive(lambda path: yaml_text(path.removeprefix("hf:")), str, "the hub source's name",
                              ("run.json", "recipe", "sources", i, "path"))
                 for i, source in enumerate(sources) if str(source.get("path", "")).startswith("hf:")]
     given = {key: quoted("model_card.json", "parameters", key) for key in ("name", "language", "license")}
@@ -465,7 +472,7 @@ def training(facts: Facts) -> str:
     try:
         card = su.ALL_RECIPES[published.removeprefix("published recipe ")]
         different = [name for name, _, _ in su.Recipe.from_dict(recipe).difference(card)]
-    except (AttributeError, KeyError, TypeError):     # an own recipe, or a run.json of another version of the suite
+    except (AttributeError, KeyError, su.ParameterError):       # an own recipe, or a run.json of another version of the suite
         published, different = None, []
     lines += ["What differs from the published recipe is in bold." if published else
               "There is no published recipe of this name to hold it against.", "",
@@ -817,12 +824,6 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
 
 # What a model folder is made of.
 UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png"}
-SECRETS = {                                           # as bytes: they are looked for in every file, weights included
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}", "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,})",
-    "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b", "an OpenAI or Anthropic key": rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}",
-    "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{20,}", "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a Kaggle key": rb'"key"\s*:\s*"[0-9a-f]{32}"', "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}"}
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
 def find_token() -> str | None:
@@ -853,14 +854,14 @@ def upload_plan(folder) -> tuple[list[Path], list[str]]:
 def find_secrets(files, values: tuple[str, ...] = ()) -> list[str]:
     """"<file>: <kind of secret>" for everything in `files` that looks like a secret or holds one of `values`.
 
-    Also looked for: the values of environment variables whose names say that they are secret. No value is ever returned.
+    Bytes are searched, weights included. Also looked for: `secret_values` of the environment. No value is ever returned.
     """
-    known = {"the token itself": values, **{f"the value of ${name}": (value,) for name, value in os.environ.items()
-                                            if SECRET_NAME.search(name) and len(value) >= 12}}
+    known = {"the token itself": values,
+             **{f"the value of ${name}": (value,) for name, value in secret_values().items() if len(value) >= 12}}
     found = []
     for path in files:
         content = Path(path).read_bytes()
-        found += [f"{path.name}: {kind}" for kind, pattern in SECRETS.items() if re.search(pattern, content)]
+        found += [f"{path.name}: {kind}" for kind in secret_kinds(content)]
         found += [f"{path.name}: {kind}" for kind, texts in known.items() if any(text.encode() in content for text in texts)]
     return found
 
@@ -890,9 +891,16 @@ def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ..
         raise su.ParameterError(problems)
     from huggingface_hub import CommitOperationAdd, HfApi
     api = HfApi(token=token, endpoint=endpoint)
-    api.create_repo(repo_id, private=True, exist_ok=True)
-    if not api.repo_info(repo_id).private:
+    try:
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        private = api.repo_info(repo_id).private
+        if private:
+            added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+            commit = api.create_commit(repo_id, added, commit_message="Model and card, uploaded by stentor_card.publish")
+    except Exception as error:                        # huggingface_hub's own, and those of whichever HTTP library it has
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise su.ParameterError([f"{repo_id} could not be uploaded ({reason}); check that internet is on (Kaggle: Settings, "
+                                 "Internet), that the token may write, and HF_HUB_OFFLINE."]) from error
+    if not private:
         raise su.ParameterError([f"{repo_id} exists and is public: upload to a private one, look at it, then make it public."])
-    commit = api.create_commit(repo_id, [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-                               commit_message="Model and card, uploaded by stentor_card.publish")
     return [*lines, f"done: {commit.commit_url}"]

@@ -4,37 +4,152 @@ Needs no model and no GPU; stentor_utils re-exports all of it.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import math
+import numbers
 import os
 import re
 import shutil
+import sys
+import tempfile
+import time
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stentor_data import ParameterError, Source, redact
+from stentor_data import (
+    ParameterError, Source, find_vocabulary, load_tokenizer, redact, tokenizer_problem)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters are checked before any work starts, all of them, and every problem is one sentence.
 
 
+LARGEST = 2**63 - 1                                   # whole number that an array's index or a file's size can be
+
+
 def number(low=None, high=None, *, integer=False, optional=False):
-    """A rule for `check_notebook_parameters`: a finite number in [low, high]; None too when `optional`."""
+    """A rule for `check_notebook_parameters`: a finite number in [low, high]; None too when `optional`.
+
+    With `integer` a whole one, which is made an int: 1e6 passes as 1000000.
+    """
+    kind = "a whole number" if integer else "a number"
+    top = high if high is not None else LARGEST if integer else sys.float_info.max
+
     def rule(value):
         if value is None and optional:
             return None
-        kind = "a whole number" if integer else "a number"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or (
-                integer and value != int(value)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value:
+            return f"must be {kind}"
+        if abs(value) == math.inf or integer and value != int(value):
             return f"must be {kind}"
         if low is not None and value < low:
             return f"must be at least {low:,}"
-        if high is not None and value > high:
-            return f"must be at most {high:,}"
+        if value > top:                               # 10**400 too, which no float holds
+            return f"must be at most {top:,}" if top < 1e19 else f"must be at most {top:g}"
+
+    def convert(value):
+        if value is None or type(value) in (int, float) and not integer:
+            return value
+        return int(value) if integer else float(value)
+    rule.convert = convert
     return rule
+
+
+def string(*, optional=False, empty=False):
+    """A rule: text that a file can hold (no NUL, no half of an emoji); "" only with `empty`, None with `optional`."""
+    def rule(value):
+        if value is None and optional:
+            return None
+        if not isinstance(value, str):
+            return "must be text"
+        if not value and not empty:
+            return "must not be empty"
+        if "\0" in value:
+            return "must not hold a NUL character"
+        if re.search("[\ud800-\udfff]", value):
+            return "must be text that UTF-8 can hold"
+    return rule
+
+
+def items(rule, *, optional=False, empty=False, repeated=False):
+    """A rule: a list (or tuple) whose every item passes `rule`; `empty` and `repeated` say that it may be so."""
+    def check(values):
+        if values is None and optional:
+            return None
+        if not isinstance(values, (list, tuple)):
+            return "must be a list"
+        if not values and not empty:
+            return "must not be empty"
+        for i, value in enumerate(values):
+            if wrong := problem_with(value, rule):
+                return f"has {shown(value)} in place {i + 1}, which {wrong}"
+            if not repeated and value in values[:i]:
+                return f"holds {shown(value)} twice"
+
+    check.convert = lambda values: values and [as_wanted(value, rule) for value in values]
+    return check
+
+
+# The settings of `su.generate` that a notebook takes, under their names in transformers.GenerationConfig.
+_GENERATION_RULES = {
+    "do_sample": bool, "temperature": number(1e-6, 1e6), "top_p": number(1e-9, 1), "min_p": number(0, 1),
+    "typical_p": number(1e-9, 1), "top_k": number(0, integer=True), "repetition_penalty": number(1e-6, 1e6),
+    "no_repeat_ngram_size": number(0, integer=True), "max_new_tokens": number(1, integer=True)}
+
+
+def generation_settings(value) -> str | None:
+    """A rule: a dict of settings for sampling, each known and in range."""
+    if not isinstance(value, dict):
+        return "must be a dict"
+    for name, setting in value.items():
+        if name not in _GENERATION_RULES:
+            return f"has {shown(name)}, which is none of {', '.join(_GENERATION_RULES)}"
+        if wrong := problem_with(setting, _GENERATION_RULES[name]):
+            return f"has {name} = {shown(setting)}, which {wrong}"
+
+
+generation_settings.convert = lambda value: {
+    name: as_wanted(setting, _GENERATION_RULES[name]) for name, setting in value.items()}
+
+
+def shown(value) -> str:
+    """`value` as it would be typed, for a message: without secrets, and cut where it is long."""
+    try:
+        whole = redact(repr(value))
+    except ValueError:                                # Python writes no int of over 4,300 digits
+        return "a number of thousands of digits"
+    return whole if len(whole) <= 200 else f"{whole[:200]}..."
+
+
+def problem_with(value, rule) -> str | None:
+    """What is wrong with `value` by `rule` ("must be at least 1"), or None; rules as in check_notebook_parameters."""
+    if isinstance(rule, (type, tuple)):
+        kinds = rule if isinstance(rule, tuple) else (rule,)
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            return f"must be of type {' or '.join(kind.__name__ for kind in kinds)}"
+    elif isinstance(rule, (set, frozenset, list, dict)):
+        if not _allowed(value, rule):
+            near = difflib.get_close_matches(str(value)[:100], [str(v) for v in rule], n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"must be one of {', '.join(map(str, rule))}{hint}"
+    else:
+        return rule(value)
+
+
+def as_wanted(value, rule):
+    """A value that passes `rule` in the type that the rule wants: 1e6 as 1000000, a tuple as a list."""
+    if isinstance(rule, (set, frozenset, list, dict)):
+        return _allowed(value, rule)[0]
+    return rule.convert(value) if hasattr(rule, "convert") else value
+
+
+def _allowed(value, choices) -> list:
+    """The choice that equals `value`, in a list; True is not 1."""
+    return [choice for choice in choices if isinstance(choice, bool) == isinstance(value, bool) and choice == value]
 
 
 def check_notebook_parameters(namespace: dict, spec: dict) -> None:
@@ -43,8 +158,10 @@ def check_notebook_parameters(namespace: dict, spec: dict) -> None:
     spec maps each parameter to a rule: a type (or tuple of types), a set/list of allowed values, or a function that
     returns what is wrong ("must be at least 1") or None. A public variable that is not in `spec` is an unknown
     parameter: papermill only warns about `-p TOKENBUDGET 1` and would then train with the default.
-    Raises ParameterError with every problem.
+    Raises ParameterError with every problem. Without any, whole numbers written as floats are made int in `namespace`.
+    The session's clock starts at the first call.
     """
+    session_start()
     given = {name: value for name, value in namespace.items()
              if not name.startswith("_") and name not in {"In", "Out"} and not isinstance(value, types.ModuleType)
              and not callable(value)}
@@ -58,51 +175,99 @@ def check_notebook_parameters(namespace: dict, spec: dict) -> None:
         if name not in given:
             problems.append(f"{name} is missing: run the parameters cell first.")
             continue
-        value, wrong = given[name], None
-        if isinstance(rule, (type, tuple)):
-            if not isinstance(value, rule):
-                kinds = rule if isinstance(rule, tuple) else (rule,)
-                wrong = f"must be of type {' or '.join(kind.__name__ for kind in kinds)}"
-        elif isinstance(rule, (set, frozenset, list, dict)):
-            if value not in list(rule):
-                near = difflib.get_close_matches(str(value), [str(v) for v in rule], n=1)
-                wrong = f"must be one of {', '.join(map(str, rule))}" + (f" (did you mean {near[0]}?)" if near else "")
-        else:
-            wrong = rule(value)
-        if wrong:
-            problems.append(f"{name} = {value!r} {wrong}.")
-        problems += secret_problems(**{name: value})
+        if wrong := problem_with(given[name], rule):
+            problems.append(f"{name} = {shown(given[name])} {wrong}.")
+        problems += secret_problems(**{name: given[name]})
     if problems:
         raise ParameterError(problems)
+    namespace.update({name: as_wanted(given[name], rule) for name, rule in spec.items()})
 
 
 def secret_problems(**values) -> list[str]:
     """One sentence for each value that holds what looks like a token or password; the sentence does not."""
+    def secret(value):
+        try:
+            return redact(repr(value)) != repr(value) or isinstance(value, str) and redact(value) != value
+        except ValueError:                            # a number too long to be written is no secret
+            return False
     return [f"{name} holds what looks like a secret, and would be kept in clear (executed notebook, run.json): put it into the "
-            "environment instead, such as HF_TOKEN." for name, value in values.items() if redact(repr(value)) != repr(value)]
+            "environment instead, such as HF_TOKEN." for name, value in values.items() if secret(value)]
+
+
+# Names that a folder cannot have on Windows, and the one that `make bench` writes to beside the runs.
+_RESERVED = {"con", "prn", "aux", "nul", "benchmarks",
+             *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 
 
 def run_name(value) -> str | None:
-    """A rule: RUN becomes a folder name, so no slashes, spaces or leading dots."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", value):
+    """A rule: RUN becomes a folder's name, so no slashes, spaces or leading dots, and not too long for a file system."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value) or value.endswith("."):
         return "must be a plain name of letters, digits, '.', '_' and '-'"
+    if len(value.encode()) > 100:
+        return "must be at most 100 bytes long"
+    if value.split(".")[0].lower() in _RESERVED:
+        return "is a reserved name; choose another"
 
 
 def writable_folder(path) -> str | None:
-    """What is wrong with `path` as a folder to write to ("cannot be written: ..."), or None; makes it if missing."""
+    """What is wrong with `path` as a folder to write to ("is not a folder ..."), or None.
+
+    Nothing is created: the nearest folder above that is there decides, by an unnamed file.
+    """
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        probe = Path(path) / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return f"is not a folder that can be written to ({error.strerror}); choose another"
+        path = Path(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)                            # a name too long, a file in the way
+        nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return f"is not a folder that can be written to ({reason}); choose another"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The session. Kaggle ends GPU and CPU sessions after 12 hours and a TPU's after 9; half an hour is for what comes after
+# training. One deadline for all notebooks: so many hours after the first check, on the clock that nobody sets.
+
+SESSION_HOURS = {"t4": 11.5, "cpu": 11.5, "tpu": 8.5}
+
+
+@functools.cache
+def session_start() -> float:
+    """time.monotonic() of the first check of parameters in this process; checking again does not begin a new session."""
+    return time.monotonic()
+
+
+def session_end(hours: float | None, profile: str) -> float | None:
+    """The instant, as time.monotonic(), by which the session's work must be saved; None where there is none.
+
+    hours: counted from `session_start`; None: SESSION_HOURS of the profile on Kaggle, no deadline elsewhere.
+    """
+    if hours is None and "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        hours = SESSION_HOURS[profile]
+    return None if hours is None else session_start() + 3600 * hours
+
+
+def hours_left(end: float | None) -> float | None:
+    """Hours until `end` of `session_end`, never 0 or less: training then saves and stops at once. None for None."""
+    return None if end is None else max(1e-6, (end - time.monotonic()) / 3600)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and recipes. Every figure is from the model card named; where a card contradicts itself the exact parameter
 # count decides (the table in the design notes). What a card does not print is taken from the Preview's card and listed
 # in `unpublished`, so that nobody mistakes it for a published figure.
+
+
+def _settle_types(record) -> None:
+    """In a frozen dataclass, as it is made: 1e6 in a field of type int becomes 1000000, a list becomes a tuple."""
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        if f.type.startswith("int") and value is not None and not number(integer=True)(value):
+            object.__setattr__(record, f.name, int(value))
+        elif f.type.startswith("tuple") and isinstance(value, list):
+            object.__setattr__(record, f.name, tuple(value))
 
 
 @dataclass(frozen=True)
@@ -119,15 +284,17 @@ class Shape:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
 
+    __post_init__ = _settle_types
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     def problems(self) -> list[str]:
-        rules = {"int": lambda v: type(v) is int and v > 0, "bool": lambda v: type(v) is bool,
+        rules = {"int": lambda v: not number(1, 2**31, integer=True)(v), "bool": lambda v: type(v) is bool,
                  "float": lambda v: not number()(v) and v > 0}
         kinds = {"int": "a positive whole number", "float": "a number above 0", "bool": "True or False"}
-        wrong = [f"shape.{f.name} = {getattr(self, f.name)!r} must be {kinds[f.type]}."
+        wrong = [f"shape.{f.name} = {shown(getattr(self, f.name))} must be {kinds[f.type]}."
                  for f in dataclasses.fields(self) if not rules[f.type](getattr(self, f.name))]
         if wrong:
             return wrong
@@ -165,6 +332,9 @@ def kv_cache_bytes(shape: Shape, length: int, bytes_per_element: float = 2) -> f
     The card's table prints half of what its formula gives: stentor3-20m at 4,096 is 12 MiB in FP16 and 24 in FP32.
     """
     return 2 * shape.num_key_value_heads * shape.head_dim * shape.num_hidden_layers * length * bytes_per_element
+
+
+MOST_SEQUENCES = 2**28                                # of a run: their plan is held in memory, 8 bytes each
 
 
 @dataclass(frozen=True)
@@ -220,6 +390,8 @@ class Recipe:
     initialization: str = "normal"                    # or "residual_scaled" (Stentor3)
     published: dict = field(default_factory=dict)     # figures printed in the card, for comparison only
     unpublished: tuple[str, ...] = ()                 # fields that the card does not print
+
+    __post_init__ = _settle_types
 
     @property
     def total_batch_size(self) -> int:
@@ -295,11 +467,13 @@ class Recipe:
             rule = number(integer=name in whole)
             value = getattr(self, name)
             if rule(value) or value <= 0:
-                wrong.append(f"{name} = {value!r} must be {'a whole number' if name in whole else 'a number'} above 0.")
+                limit = "" if rule(value) is None or "number" in rule(value) else f" and {rule(value)[8:]}"
+                kind = "a whole number" if name in whole else "a number"
+                wrong.append(f"{name} = {shown(value)} must be {kind} above 0{limit}.")
         for name, low, high in (("warmup_ratio", 0, 1), ("stable_ratio", 0, 1), ("anneal_fraction", 0, 1),
                                 ("adam_beta1", 0, 0.9999999), ("adam_beta2", 0, 0.9999999), ("weight_decay", 0, 10)):
             if reason := number(low, high)(getattr(self, name)):
-                wrong.append(f"{name} = {getattr(self, name)!r} {reason}.")
+                wrong.append(f"{name} = {shown(getattr(self, name))} {reason}.")
         layers = None if wrong and wrong[0].startswith("shape.") else self.shape.num_hidden_layers
         for name, rule in {
                 "ema_decay": number(0, 0.9999999, optional=True), "seed": number(0, 2**31 - 1, integer=True),
@@ -309,15 +483,20 @@ class Recipe:
                 **{f.name: lambda value: None if isinstance(value, bool) else "must be True or False"
                    for f in dataclasses.fields(self) if f.type == "bool"}}.items():
             if reason := rule(getattr(self, name)):
-                wrong.append(f"{name} = {getattr(self, name)!r} {reason}.")
+                wrong.append(f"{name} = {shown(getattr(self, name))} {reason}.")
         for name, allowed in (("lr_scheduler_type", ("cosine", "warmup_stable_decay", "cosine_with_restart")),
                               ("optimizer", (None, "paged_adamw_32bit")),
                               ("budget_check", ("step", "micro_batch")), ("mixed_precision", ("no", "fp16", "bf16")),
                               ("initialization", ("normal", "residual_scaled")),
                               ("attn_implementation", ("sdpa", "eager"))):
             if getattr(self, name) not in allowed:
-                wrong.append(f"{name} = {getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+                wrong.append(f"{name} = {shown(getattr(self, name))} must be one of {', '.join(map(str, allowed))}.")
         bad = {sentence.split(" = ")[0] for sentence in wrong}
+        batch = {"block_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "token_budget",
+                 "max_train_steps", "budget_check"}
+        if not bad & batch and self.sequences_to_train > MOST_SEQUENCES:
+            wrong.append(f"token_budget = {self.token_budget:,} makes {self.sequences_to_train:,} sequences of block_size = "
+                         f"{self.block_size}; a run can plan at most {MOST_SEQUENCES:,}.")
         if not bad & {"block_size", "shape.max_position_embeddings"} and self.block_size > self.shape.max_position_embeddings:
             wrong.append(f"block_size = {self.block_size} is longer than max_position_embeddings = "
                          f"{self.shape.max_position_embeddings}.")
@@ -327,13 +506,33 @@ class Recipe:
         if self.torch_compile is True and not shutil.which(compiler := os.environ.get("CXX", "g++")):
             wrong.append(f"torch_compile = True needs a C++ compiler, and {compiler} is not here: install it, or set "
                          "torch_compile to False.")
+        return wrong + self._source_problems() + secret_problems(
+            tokenizer=self.tokenizer, sources=[getattr(source, "path", None) for source in self.sources or ()])
+
+    def _source_problems(self) -> list[str]:
+        """What is wrong with the sources, their weights and the tokenizer's name."""
+        wrong = [f"{name} = {shown(getattr(self, name))} {reason}." for name in ("name", "tokenizer")
+                 if (reason := string()(getattr(self, name)))]
+        if not isinstance(self.sources, tuple) or not all(isinstance(source, Source) for source in self.sources):
+            return [*wrong, f"sources = {shown(self.sources)} must be a list of sources, each with a name and a path."]
         if not self.sources:
-            wrong.append("sources is empty: name at least one.")
-        elif any(number(0)(s.weight) for s in self.sources) or not sum(s.weight for s in self.sources) > 0:
+            return [*wrong, "sources is empty: name at least one."]
+        rules = {"name": run_name, "path": string(), "weight": number(0), "config": string(optional=True), "split": string(),
+                 "revision": string(optional=True), "text_field": string(optional=True), "preserve_linebreaks": bool}
+        for i, source in enumerate(self.sources):
+            wrong += [f"sources: {field} = {shown(getattr(source, field))} of source {i + 1} {reason}." for field, rule
+                      in rules.items() if field != "weight" and (reason := problem_with(getattr(source, field), rule))]
+            if source.name in [other.name for other in self.sources[:i]]:
+                wrong.append(f"sources: {shown(source.name)} is the name of two sources; each needs one of its own.")
+        if not _are_weights([source.weight for source in self.sources]):
             wrong.append("the weights of the sources must be 0 or more, and not all 0.")
-        if self.anneal_weights is not None and len(self.anneal_weights) != len(self.sources):
+        if self.anneal_weights is not None and not isinstance(self.anneal_weights, tuple):
+            wrong.append(f"anneal_weights = {shown(self.anneal_weights)} must be a list of weights.")
+        elif self.anneal_weights is not None and len(self.anneal_weights) != len(self.sources):
             wrong.append(f"anneal_weights has {len(self.anneal_weights)} weights for {len(self.sources)} sources.")
-        return wrong + secret_problems(tokenizer=self.tokenizer, sources=[source.path for source in self.sources])
+        elif self.anneal_weights is not None and not _are_weights(self.anneal_weights):
+            wrong.append(f"anneal_weights = {shown(self.anneal_weights)} must be 0 or more, and not all 0.")
+        return wrong
 
     def scaled_to(self, profile: str) -> Recipe:
         """The small twin of this recipe for `profile` "cpu": the same code path on 2 CPU cores and the embedded corpus.
@@ -388,12 +587,16 @@ class Recipe:
 
     @staticmethod
     def from_dict(values: dict) -> Recipe:
-        values = dict(values)
-        values["shape"] = Shape(**values["shape"])
-        values["sources"] = tuple(Source(**source) for source in values["sources"])
-        for name in ("anneal_weights", "unpublished"):
-            values[name] = tuple(values[name]) if values.get(name) is not None else None
-        return Recipe(**values)
+        """The recipe that `to_dict` gave; ParameterError where fields are missing, unknown or no fields at all."""
+        try:
+            return Recipe(**{**values, "shape": Shape(**values["shape"]),
+                             "sources": tuple(Source(**source) for source in values["sources"])})
+        except (TypeError, KeyError) as error:
+            raise ParameterError([f"this is not a recipe that can be read ({type(error).__name__}: {error})."]) from None
+
+
+def _are_weights(values) -> bool:
+    return not any(number(0)(value) for value in values) and sum(values) > 0
 
 
 @functools.cache
@@ -520,12 +723,112 @@ def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -
     for key, value in (overrides or {}).items():
         if key in shape_fields:
             in_shape[key] = value
+        elif key == "sources" and isinstance(value, (list, tuple)):
+            in_recipe[key] = tuple(_read_source(source, problems) for source in value)
         elif key in recipe_fields:
-            in_recipe[key] = tuple(Source(**s) if isinstance(s, dict) else s for s in value) if key == "sources" else value
+            in_recipe[key] = value
         else:
-            near = difflib.get_close_matches(key, shape_fields | recipe_fields, n=1)
+            near = difflib.get_close_matches(str(key), shape_fields | recipe_fields, n=1)
             problems.append(f"{key} is not a field of a recipe" + (f"; did you mean {near[0]}?" if near else "."))
     recipe = dataclasses.replace(recipe, shape=dataclasses.replace(recipe.shape, **in_shape), **in_recipe)
     if problems := problems + recipe.problems():
         raise ParameterError(problems)
     return recipe
+
+
+def _read_source(given, problems: list[str]):
+    """A Source from a dict of its fields; what is wrong with it is added to `problems`."""
+    if not isinstance(given, dict):
+        return given                                  # a Source; anything else is refused with the recipe
+    known = [f.name for f in dataclasses.fields(Source)]
+    wrong = [f"sources: {shown(key)} is not a field of a source; known: {', '.join(known)}." for key in given
+             if key not in known]
+    wrong += [f"sources: {shown(given)} has no {key}." for key in ("name", "path") if key not in given]
+    problems += wrong
+    return Source(**given) if not wrong else Source("unread", "unread")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A recipe and its tokenizer.
+
+
+def open_tokenizer(named: str | None, recipe: Recipe, run_dir):
+    """(where, tokenizer) for a run. where: a folder or hub name; the folder is not there yet for a released vocabulary.
+
+    The one named, else run_dir/tokenizer, else the hub tokenizer that the recipe names, else one that 01 made for this recipe
+    under another RUN, else the released vocabulary that the recipe names. Raises ParameterError, in one sentence; creates
+    nothing in run_dir.
+    """
+    run_dir = Path(run_dir)
+    where, released = named or run_dir / "tokenizer", None
+    if not named and not Path(where).exists():
+        others = [path for path in sorted(run_dir.parent.glob("*/tokenizer")) if _made_for(path, recipe)]
+        if recipe.tokenizer.startswith("hf:"):
+            where = recipe.tokenizer
+        elif others:
+            where = max(others, key=lambda path: (path / "report.json").stat().st_mtime)
+            print(f"TOKENIZER: there is no {run_dir / 'tokenizer'}; taken is {where}, which 01 made for this recipe.")
+        elif recipe.tokenizer not in ("build", "bpe"):
+            try:
+                released = find_vocabulary(recipe.tokenizer)
+            except ParameterError as error:
+                raise ParameterError([f"TOKENIZER: there is no {where}, and {error} Run 01_tokenizer first, or switch internet "
+                                      "on (Kaggle: Settings, Internet)."]) from None
+    try:
+        if released:
+            from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
+            vocabulary, rows = Vocabulary.from_file(released), recipe.shape.vocab_size
+            vocabulary = vocabulary.resize(rows - 2) if len(vocabulary) > rows - 2 else vocabulary      # as 01 does
+            return where, TokenMonsterTokenizer.from_vocabulary(vocabulary, vocab_size=rows)
+        wrong = tokenizer_problem(where)
+        tokenizer = None if wrong else load_tokenizer(where)
+    except Exception as error:                        # whatever a damaged or missing file makes of the parsers
+        wrong = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if wrong:
+        way = ("run 01_tokenizer first (RUN = {!r}, RECIPE = {!r}), or name a tokenizer folder".format(
+            run_dir.name, recipe.name.removesuffix("-cpu")))
+        if str(where).startswith("hf:"):
+            way = "switch internet on (Kaggle: Settings, Internet), or name a tokenizer folder"
+        raise ParameterError([f"TOKENIZER = {str(where)!r} {wrong}; {way}."])
+    return where, tokenizer
+
+
+def _made_for(folder: Path, recipe: Recipe) -> bool:
+    """Whether 01's report beside a tokenizer says that it is this recipe's: the same vocabulary, as large."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        return (report["vocabulary"], report["vocab_size"]) == (recipe.tokenizer, recipe.shape.vocab_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def tokenizer_misfit(recipe: Recipe, tokenizer) -> str | None:
+    """Why a tokenizer does not belong to a recipe ("has 4,096 tokens, ..."), or None."""
+    size, wanted = len(tokenizer), recipe.shape.vocab_size
+    if size != wanted:
+        other = count_parameters(dataclasses.replace(recipe.shape, vocab_size=size))
+        return (f"has {size:,} tokens, {recipe.name} {wanted:,}: the model would have {other:,} parameters instead of "
+                f"{count_parameters(recipe.shape):,}")
+    if hasattr(tokenizer, "vocabulary") == (recipe.tokenizer == "bpe" or recipe.tokenizer.startswith("hf:")):
+        kinds = ("a TokenMonster vocabulary", "a BPE")
+        mine, theirs = kinds if hasattr(tokenizer, "vocabulary") else kinds[::-1]
+        return f"is {mine}, {recipe.name} has {theirs}"
+
+
+def fit_to_tokenizer(recipe: Recipe, tokenizer, say=print) -> Recipe:
+    """The recipe with the tokenizer's vocabulary size, checked again.
+
+    Where the two do not belong together, a recipe that names its tokenizer raises ParameterError; the CPU twin, which takes
+    what 01 built, says it aloud.
+    """
+    if wrong := tokenizer_misfit(recipe, tokenizer):
+        if recipe.tokenizer not in ("build", "bpe"):
+            on_purpose = {"vocab_size": len(tokenizer), "tokenizer": "build" if hasattr(tokenizer, "vocabulary") else "bpe"}
+            raise ParameterError([
+                f"the tokenizer {wrong}. Run 01_tokenizer with PROFILE = 't4' or 'tpu' (it needs no accelerator) and RECIPE = "
+                f"{recipe.name!r} for the recipe's own; to train the other model on purpose: OVERRIDES = {on_purpose}."])
+        say(f"NOTE: the tokenizer {wrong}.")
+    fitted = dataclasses.replace(recipe, shape=dataclasses.replace(recipe.shape, vocab_size=len(tokenizer)))
+    if problems := fitted.problems():
+        raise ParameterError(problems)
+    return fitted

@@ -45,8 +45,9 @@ from stentor_precision import (                       # noqa: E402, F401
     FP32Layer, FP32Norm, FP32SoftmaxAttention, Int8Linear, _in_front_of, _int8_codes, apply_precision_recipe,
     rename_weight_master)
 from stentor_recipes import (                         # noqa: E402, F401
-    ALL_RECIPES, RECIPES, REPAIRED, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16, find_recipe,
-    kv_cache_bytes, number, parameter_budget, run_name, secret_problems, writable_folder)
+    ALL_RECIPES, RECIPES, REPAIRED, SESSION_HOURS, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16,
+    find_recipe, fit_to_tokenizer, generation_settings, hours_left, items, kv_cache_bytes, number, open_tokenizer,
+    parameter_budget, run_name, secret_problems, session_end, session_start, shown, string, tokenizer_misfit, writable_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,6 +135,17 @@ def save_model_folder(model, tokenizer, folder) -> None:
         raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
     finally:
         model.config.use_cache = use_cache
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tokenizer(tokenizer, folder) -> None:
+    """A tokenizer folder, complete or not there at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(temporary)
+        _replace_folder(temporary, folder)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -1327,7 +1339,18 @@ def find_profile(profile: str) -> str:
         return profile
     if os.environ.get("PJRT_DEVICE") == "TPU" or list(Path("/dev").glob("accel*")) or list(Path("/dev").glob("vfio/[0-9]*")):
         return "tpu"
-    return "t4" if torch.cuda.device_count() else "cpu"
+    if torch.cuda.device_count():
+        return "t4"
+    say_cpu_twin()
+    return "cpu"
+
+
+@functools.cache
+def say_cpu_twin() -> None:
+    """Once in a process: what "auto" means where there is no accelerator."""
+    print("PROFILE = 'auto' found no accelerator: this is the recipe's small CPU twin (about 1.4M parameters, the text that "
+          "comes with Python); for the recipe itself choose a GPU or TPU accelerator, or set PROFILE = 't4' or 'tpu', in "
+          "01 as in the notebook that trains.", flush=True)
 
 
 def write_model_card(run_dir, **settings) -> Path:
@@ -1340,6 +1363,41 @@ def find_outputs(outputs: str) -> Path:
     """A relative OUTPUTS is beside stentor_utils.py, or in the working folder where that is read-only (Kaggle inputs)."""
     here = Path(__file__).resolve().parent
     return Path(outputs) if Path(outputs).is_absolute() else (here if os.access(here, os.W_OK) else Path.cwd()) / outputs
+
+
+def run_problem(folder) -> str | None:
+    """What is wrong with `folder` as a run, ours or a foreign one: "holds no run: ...", or None."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "is not a folder"
+    signs = ("run.json", "summary.json", "metrics.jsonl", "final/config.json", "config.json", "*.csv", "benchmark/*",
+             "instruct/sft_summary.json", "**/trainer_state.json", "**/results*.json")
+    if not any(next(folder.glob(sign), None) for sign in signs):
+        return "holds no run: no log, no model, no scores; run notebook 02 or 03 first"
+
+
+def writable_run(run_dir, say=print) -> Path:
+    """`run_dir`, or where that cannot be written to (a Kaggle input) a copy in the working folder's outputs.
+
+    Files, final/ and charts/ are copied; other folders, such as tokens/ and checkpoints/, are linked.
+    """
+    run_dir = Path(os.path.abspath(run_dir))
+    if not writable_folder(run_dir):
+        return run_dir
+    mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]       # two inputs may hold runs of one name
+    copy_dir = find_outputs("outputs") / f"attached-{mark}" / run_dir.name
+    say(f"{run_dir} cannot be written to: what is made here goes to {copy_dir}, a copy of it")
+    copy_dir.mkdir(parents=True, exist_ok=True)
+    for path in run_dir.iterdir():
+        if path.is_dir() and path.name not in ("final", "charts"):
+            if not os.path.lexists(copy_dir / path.name):
+                (copy_dir / path.name).symlink_to(path)
+        else:
+            for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+                to = copy_dir / file.relative_to(run_dir)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, to)             # not its mode: that of an input forbids to write
+    return copy_dir
 
 
 def environment() -> dict:
@@ -1403,6 +1461,9 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if num_processes > 1 else {}
     env = {**PROCESS_ENVIRONMENT, **group, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    env.pop("STENTOR_DEADLINE", None)
+    if deadline_hours:                                # one clock for every process: imports and a restart count too
+        env["STENTOR_DEADLINE"] = str(time.monotonic() + 3600 * deadline_hours)
     if xla:                                           # TF_CPP...: XLA's compiler warns at length, of nothing we can change
         virtual = {"CPU_NUM_DEVICES": os.environ.get("CPU_NUM_DEVICES", "8")} if xla == "CPU" else {}
         env |= {"STENTOR_ENGINE": "xla", "PJRT_DEVICE": xla, "TF_CPP_MIN_LOG_LEVEL": "2", **virtual}
@@ -1432,8 +1493,12 @@ def train_from_file(path) -> dict:
     path = Path(path).resolve()
     run = json.loads(path.read_text())
     recipe = Recipe.from_dict(run["recipe"])
+    if problems := recipe.problems():
+        raise ParameterError(problems)
     tokenizer = load_tokenizer(path.parent / run["tokenizer"])
-    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=run.get("deadline_hours"))
+    end = os.environ.get("STENTOR_DEADLINE")          # from launch
+    hours = hours_left(float(end)) if end else run.get("deadline_hours")
+    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=hours)
     if not run.get("fill"):
         return go(store=TokenStore(path.parent / run["store"], recipe))
     with fill_while_training(path, recipe, run["fill"]["shard_tokens"]) as failed:

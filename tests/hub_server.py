@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(hub.broken.get(path), int):
             self.fault = hub.broken[path]
         self.answer(302, b"", {                          # localhost, not 127.0.0.1: another host for the client
-            "Location": f"http://localhost:{hub.port}/cdn/{repo}/{commit}/{path}?Signature=signed-canary",
+            "Location": f"http://localhost:{hub.port}/cdn/{repo}/{commit}/{path}?Signature=" "signed-canary",
             "X-Repo-Commit": commit, "X-Linked-Size": str(len(files[path])),
             "X-Linked-ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'})
 

@@ -236,7 +236,7 @@ def test_a_dry_run_lists_exactly_what_would_go_and_finds_secrets(run_dir, monkey
     assert sum("left out" in line for line in lines) == 3 and lines[-1] == "nothing was uploaded: a dry run"
     assert not any(line.startswith("wrong") for line in lines)
     for content, kind in ((TOKEN, "a Hugging Face token"), (TOKEN, "the token itself"),
-                          ("correct-horse-battery", "$MY_API_KEY"), ("-----BEGIN RSA PRIVATE KEY-----", "a private key"),
+                          ("correct-horse-battery", "$MY_API_KEY"), ("-----BEGIN RSA " + "PRIVATE KEY-----", "a private key"),
                           ('"key": "' + "0f" * 16 + '"', "a Kaggle key")):
         (final / "notes.txt").write_text(f"remember {content}\n")
         said = "\n".join(stentor_card.publish(run_dir, "me/demo"))

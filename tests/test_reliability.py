@@ -795,7 +795,7 @@ def test_nothing_in_the_suite_loads_pickles_or_foreign_code():
                            ("f(trust_remote_code=flag)", "trust_remote_code"), ("eval(text)", "eval")):
         assert any(found in problem for problem in lint.unsafe(planted, "x")), planted
     token = "hf_" + "aB3" * 9                         # made up, and here in two halves
-    assert lint.SECRET.search(f"token = '{token}'") and not lint.SECRET.search("hf_hub_download_and_something_long")
+    assert lint.secret_kinds(f"token = '{token}'") and not lint.secret_kinds("hf_hub_download_and_something_long")
 
 
 # --- secrets
