@@ -12,6 +12,7 @@ import errno
 import faulthandler
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -64,10 +65,11 @@ def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal",
         max_position_embeddings=shape.max_position_embeddings, rms_norm_eps=shape.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=shape.tie_word_embeddings, attention_bias=False, mlp_bias=False, hidden_act="silu",
-        eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=eos_token_id, use_cache=False,
+        eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=eos_token_id,
         attn_implementation=attn_implementation)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
+    model.generation_config.update(**GENERATION)      # what its saved folder will tell its users
     initialize_weights(model, residual_scaled=initialization == "residual_scaled")
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == count_parameters(shape), (total, count_parameters(shape))
@@ -96,14 +98,29 @@ def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False) 
 GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.2}   # Stentor2-12M card
 
 
+def prompt_problems(prompts) -> list[str]:
+    """One sentence for each prompt that is not a text; an empty one is a text, it continues from EOS."""
+    if not isinstance(prompts, (list, tuple)):
+        return [f"prompts = {prompts!r} must be a list of texts."]
+    return [f"prompts[{i}] = {prompt!r} must be a text (\"\" continues from EOS)."
+            for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+
+
 def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, seed: int = 42, **settings) -> list[str]:
-    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's favourite settings."""
+    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's favourite settings.
+
+    An empty prompt continues from EOS, which in training stands before each document. Raises ParameterError for a prompt
+    that is no text, or a tokenizer of more tokens than the model has rows, before any is continued.
+    """
+    if problems := prompt_problems(prompts) + tokenizer_fit(tokenizer, model.config.vocab_size):
+        raise ParameterError(problems)
     texts = []
     was_training = model.training
     model.eval()
     for i, prompt in enumerate(prompts):
         torch.manual_seed(seed + i)
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        ids = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, use_cache=True,
                                  pad_token_id=tokenizer.eos_token_id, **{**GENERATION, **settings})
@@ -112,19 +129,53 @@ def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, 
     return texts
 
 
-def save_model_folder(model, tokenizer, folder) -> None:
+def tokenizer_fit(tokenizer, rows: int) -> list[str]:
+    """One sentence where the tokenizer has more tokens than the model has rows of embedding, else none."""
+    return [f"the tokenizer has {len(tokenizer):,} tokens, the model only vocab_size = {rows:,}: take the tokenizer that it "
+            "was trained with."] if len(tokenizer) > rows else []
+
+
+def published_configs(model, tokenizer, generation: dict | None = None):
+    """(config, generation_config) as the users of a saved folder want them, whatever training, or an old folder, had set.
+
+    With the cache (without it, 200 tokens took 26.5 s instead of 1.3 s, and assisted generation raises), up to the whole
+    context, with the tokenizer's ids of EOS, BOS and padding. generation: sampling settings; None: those the model has.
+    """
+    config, generating = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.use_cache = generating.use_cache = True
+    generating._from_model_config = False             # or some versions make it anew from config.json, without the sampling
+    generating.max_length = config.max_position_embeddings
+    generating.update(**generation or {})
+    if tokenizer is not None:
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
+        if isinstance(generating.eos_token_id, list) and ids["eos_token_id"] in generating.eos_token_id:
+            ids["eos_token_id"] = generating.eos_token_id         # more ways to end, as chat models have
+        for name, value in ids.items():
+            setattr(config, name, value)
+            setattr(generating, name, value)
+    return config, generating
+
+
+def save_model_folder(model, tokenizer, folder, generation: dict | None = None) -> None:
     """A plain Hugging Face folder, complete or not there at all: written beside, fsynced, then renamed into place.
 
-    peft adapters are merged into a copy of the base weights first, so the folder loads where there is no peft.
+    Where `folder` is a link, what it points to is replaced, and the link stays. peft adapters are merged into a copy of the
+    base weights first, so the folder loads where there is no peft. generation: as for `published_configs`.
+    Raises ParameterError for a tokenizer of more tokens than the model has rows.
     """
     from safetensors import SafetensorError
-    folder = Path(folder)
+    if tokenizer is not None and (problems := tokenizer_fit(tokenizer, model.config.vocab_size)):
+        raise ParameterError(problems)
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for left in folder.parent.glob(f".{folder.name}.[0-9]*"):                 # what a killed run left half-written
-        shutil.rmtree(left, ignore_errors=True)
-    use_cache, model.config.use_cache = model.config.use_cache, True          # generation wants it, training not
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):    # what a killed run left half-written
+        _remove(left)
+    own = model.config, model.generation_config
+    model.config, model.generation_config = published_configs(model, tokenizer, generation)
     try:
         model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -133,51 +184,134 @@ def save_model_folder(model, tokenizer, folder) -> None:
     except SafetensorError as error:                  # its own name for a write that failed
         raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
     finally:
-        model.config.use_cache = use_cache
-        shutil.rmtree(temporary, ignore_errors=True)
+        model.config, model.generation_config = own
+        _remove(temporary)
 
 
 def load_model(folder, **settings):
     """AutoModelForCausalLM from a folder (or hub name) that nobody vouches for: safetensors only, and none of its code.
 
-    settings: as for from_pretrained. Raises ParameterError, in one sentence, for pickled weights, code (auto_map), a kind of
-    model that transformers does not have, a LoRA adapter, an index that points out of the folder, or damaged files.
+    settings: as for from_pretrained. Every weight is the file's: old weight_master names are converted. Raises
+    ParameterError, in one sentence, for pickled weights, code (auto_map), a kind of model that transformers does not have,
+    a LoRA adapter, an index that points out of the folder, damaged files, and weights that are missing, left over or of
+    another shape.
     """
-    from transformers import AutoModelForCausalLM
-    path, problem = Path(folder), None
     try:
-        if path.is_dir():
-            config = json.loads((path / "config.json").read_text())
-            index = path / "model.safetensors.index.json"
-            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-            if "auto_map" in config:
-                problem = "its config.json asks for code from elsewhere (auto_map)"
-            elif (path / "adapter_config.json").exists():
-                problem = "it holds a LoRA adapter, which names another model to load: merge the two first"
-            elif strange := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
-                problem = f"its index names {strange[0]!r}, which is not a .safetensors file of this folder"
-            elif missing := [name for name in files if not (path / name).is_file()]:
-                problem = f"{missing[0]} is not there (pickled weights, such as pytorch_model.bin, are never opened)"
+        path = _model_files(folder, settings.pop("revision", None))
+        problem = _folder_problem(path)
         if not problem:
-            return AutoModelForCausalLM.from_pretrained(str(folder).removeprefix("hf:"), trust_remote_code=False,
-                                                        use_safetensors=True, **settings)
+            model, problem = _load_weights(path, settings)
+        if not problem:
+            return model
     except Exception as error:                        # whatever a crafted file makes of the parsers
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ParameterError([f"{folder} cannot be loaded as a model: {problem}."])
 
 
+def _model_files(folder, revision: str | None = None) -> Path:
+    """The folder itself, or the hub's files of that name in the local cache."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    if not re.fullmatch(r"hf:.+|[\w.-]+(/[\w.-]+)?", str(folder)):
+        raise FileNotFoundError("there is no such folder")
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(str(folder).removeprefix("hf:"), revision=revision, ignore_patterns=["*/*"],
+                                  allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _weight_files(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+
+
+def _folder_problem(path: Path) -> str | None:
+    """Why a model folder is not to be opened, or None."""
+    config, files = json.loads((path / "config.json").read_text()), _weight_files(path)
+    if "auto_map" in config:
+        return "its config.json asks for code from elsewhere (auto_map)"
+    if (path / "adapter_config.json").exists():
+        return "it holds a LoRA adapter, which names another model to load: merge the two first"
+    if strange := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
+        return f"its index names {strange[0]!r}, which is not a .safetensors file of this folder"
+    if missing := [name for name in files if not (path / name).is_file()]:
+        return f"{missing[0]} is not there (pickled weights, such as pytorch_model.bin, are never opened)"
+
+
+def _load_weights(path: Path, settings: dict):
+    """(model, None), or (None, what is wrong with its weights)."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+    settings = {"use_safetensors": True, **settings, "trust_remote_code": False, "output_loading_info": True,
+                "ignore_mismatched_sizes": True}      # they are refused below, by name
+    old = False
+    for name in _weight_files(path):
+        with safe_open(path / name, "pt") as file:
+            old = old or any(key.endswith(".weight_master") for key in file.keys())
+    with _transformers_silent():                      # its report of the same is a page long
+        if old:                                       # the first Preview's names, and a Llama then
+            tensors = {key: value for name in _weight_files(path) for key, value in load_file(path / name).items()}
+            model, info = LlamaForCausalLM.from_pretrained(
+                None, state_dict=rename_weight_master(tensors), **settings,
+                config=AutoConfig.from_pretrained(path, trust_remote_code=False))
+            if (path / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(path)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
+    problem = weights_problem(model, info)
+    if not problem:                                   # folders saved before published_configs said no
+        model.config.use_cache = model.generation_config.use_cache = True
+    return (None, problem) if problem else (model, None)
+
+
+def weights_problem(model, info: dict) -> str | None:
+    """What from_pretrained's loading info (output_loading_info) says is not as it was trained, or None."""
+    shapes = [f"{key} is {list(found)} in the file and {list(wanted)} by config.json"
+              for key, found, wanted in info["mismatched_keys"]]
+    for said, keys in (("of another shape", shapes), ("missing", info["missing_keys"]),
+                       ("left over", info["unexpected_keys"]), ("wrong", info["error_msgs"])):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            return f"weights are {said} ({sorted(map(str, keys))[0]}{more})"
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and None not in ends and ends[0].weight is not ends[1].weight:
+        return "config.json ties lm_head to the embedding, and the file holds two different ones"
+
+
+@contextlib.contextmanager
+def _transformers_silent():
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _remove(path: Path) -> None:
+    """A folder and all in it, a file, or a link (never what it points to); nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`, fsynced and readable as the umask says (what mkstemp made is 0600)."""
+    mode = temporary.stat().st_mode & 0o777           # of a folder that was just made: what the umask says
     for path in temporary.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
     _fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -359,7 +493,7 @@ def use_chunked_loss(model, compiled: bool = False) -> None:
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         if labels is None or not self.training:
             return type(self).forward(self, input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+        hidden = self.model(input_ids=input_ids, **{"use_cache": False, **kwargs}).last_hidden_state[:, :-1].flatten(0, 1)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         targets = labels[:, 1:].flatten()
