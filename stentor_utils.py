@@ -1335,7 +1335,7 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
         rates = [row["tokens_per_second"] for row in metrics.rows if row["kind"] == "train"]
         summary |= {"eval_loss": result["loss"], "perplexity": result["perplexity"],
                     "bits_per_byte": result["bits_per_byte"], "eval_tokens": result["tokens"],
-                    "tokens_per_second": float(np.median(rates))}
+                    "tokens_per_second": float(np.median(rates)) if rates else None}
     if main:
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
     engine.close()
