@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import REPO
 from hub_server import HubServer
 
@@ -167,33 +166,43 @@ def test_a_run_json_that_describes_none_is_refused_in_a_sentence(tmp_path, text,
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_hub_name_is_one_everywhere(tiny, micro, tmp_path, monkeypatch):
-    """Tokenizer and model from a hub on the loopback: the training process, its worker, a base model, the evaluation."""
-    from huggingface_hub import constants
+FROM_THE_HUB = """
+import dataclasses, json, sys
+from pathlib import Path
+import stentor_utils as su
+import stentor_eval, torch
+finished, run = map(Path, sys.argv[1:])
+recipe = su.Recipe.from_dict(json.loads((finished / "run.json").read_text())["recipe"])
+su.launch(recipe, run / "tokens", "hf:me/words", run, say=lambda text: None, fill={"shard_tokens": 2560})
+assert json.loads((run / "run.json").read_text())["tokenizer"] == "hf:me/words"
+su.train_from_file(run / "run.json")
+own = su.load_model(finished / "final").state_dict()
+for model in (su.load_model("hf:me/model"), stentor_eval.load_model("hf:me/model", "float32", torch.device("cpu"))[0]):
+    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
+for load in (su.load_model, lambda name: stentor_eval.load_model(name, "float32", torch.device("cpu"))):
+    try:
+        load("hf:me/broken")
+        raise SystemExit("weights that are missing were made up")
+    except su.ParameterError as error:
+        assert "weights are missing" in str(error), error
+print(su.tokenizer_sha256(su.load_tokenizer("hf:me/words")))
+"""
 
-    import stentor_eval
+
+def test_a_hub_name_is_one_everywhere(tiny, launched, tmp_path):
+    """Tokenizer and model from a hub on the loopback: the training process, its worker, a base model, the evaluation."""
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    model = files(launched / "final")
     with HubServer() as hub:
-        hub.commit("me/words", {path.name: path.read_bytes() for path in tiny.tokenizer_dir.iterdir() if path.is_file()})
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}.items():
-            monkeypatch.setattr(constants, name, value)
-        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache"),
-                            "HF_TOKEN": "hf_canaryCanaryCanary"}.items():
-            monkeypatch.setenv(name, value)
-        assert su.tokenizer_sha256(su.load_tokenizer("hf:me/words")) == su.tokenizer_sha256(tiny.tokenizer)
-        run = tmp_path / "run"
-        su.launch(micro, run / "tokens", "hf:me/words", run, say=quiet, fill={"shard_tokens": 2560})
-        assert json.loads((run / "run.json").read_text())["tokenizer"] == "hf:me/words"
-        su.train_from_file(run / "run.json")          # and from the file
-        hub.commit("me/model", {path.name: path.read_bytes() for path in (run / "final").iterdir() if path.is_file()})
-        own = su.load_model(run / "final").state_dict()
-        for model in (su.load_model("hf:me/model"), stentor_eval.load_model("hf:me/model", "float32", torch.device("cpu"))[0]):
-            assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
-        broken = {**hub.repos["me/model"][hub.heads["me/model", "main"]]}
-        broken["config.json"] = broken["config.json"].replace(b'"num_hidden_layers": 1', b'"num_hidden_layers": 2')
-        hub.commit("me/broken", broken)
-        for load in (su.load_model, lambda name: stentor_eval.load_model(name, "float32", torch.device("cpu"))):
-            with pytest.raises(su.ParameterError, match="weights are missing"):
-                load("hf:me/broken")
+        hub.commit("me/words", files(tiny.tokenizer_dir))
+        hub.commit("me/model", model)
+        hub.commit("me/broken", model | {"config.json": model["config.json"].replace(b'layers": 1', b'layers": 2')})
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run([sys.executable, "-c", FROM_THE_HUB, launched, tmp_path / "run"], env=env, text=True,
+                              capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == su.tokenizer_sha256(tiny.tokenizer)
 
 
 # --- checkpoints/ as people and disks leave it
