@@ -644,15 +644,16 @@ def repetition(text: str) -> float:
 def held_out_starts(run_dir, count: int, length: int) -> list[list[int]]:
     """The first `length` token ids of up to `count` held-out documents, the sources in turn; [] without a token store."""
     import numpy as np
-    store = Path(run_dir) / str(Facts(run_dir).get("run.json", "store") or "tokens")
     try:
+        run = Facts(run_dir).read("run.json")
+        store = su.find_place(run_dir, run if isinstance(run, dict) and "store" in run else {"store": "tokens"}, "store")
         manifest = json.loads((store / "manifest.json").read_text())
         by_source = []
         for source in manifest["sources"].values():
             ids = np.fromfile(store / source["validation"]["file"], "<u2")
             documents = np.split(ids, np.flatnonzero(ids == manifest["eos_token_id"]) + 1)
             by_source.append([document[:length].tolist() for document in documents if len(document) > length])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError):           # ParameterError is a ValueError
         return []
     return [starts[i] for i in range(count) for starts in by_source if i < len(starts)][:count]
 
@@ -666,20 +667,19 @@ def measure_limitations(run_dir, *, count: int = 32, prompt_tokens: int = 16, ma
     """
     import torch
     from scipy.stats import binomtest
-    from transformers import AutoModelForCausalLM
     run_dir = Path(run_dir)
     prompts = held_out_starts(run_dir, count, prompt_tokens)
     if not prompts:
         return None
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "final").eval()
+    model = su.load_model(run_dir / "final").eval()
     tokenizer = su.load_tokenizer(run_dir / "final")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - prompt_tokens)
     torch.manual_seed(seed)
     ids = torch.tensor(prompts, device=model.device)                  # (count, prompt_tokens): all of one length, no padding
     with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, use_cache=True,
-                             pad_token_id=tokenizer.eos_token_id, **su.GENERATION)[:, prompt_tokens:].tolist()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=prompt_tokens + max_new_tokens,
+                             use_cache=True, pad_token_id=tokenizer.eos_token_id, **su.GENERATION)[:, prompt_tokens:].tolist()
     stopped = [tokenizer.eos_token_id in row for row in out]
     texts = [tokenizer.decode(row[:row.index(tokenizer.eos_token_id)] if end else row, skip_special_tokens=True)
              for row, end in zip(out, stopped)]
@@ -717,6 +717,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def description_problems(run_dir) -> list[str]:
+    """What in the files that describe a run is not of the run that its checkpoints hold, one sentence each."""
+    run_dir = Path(run_dir)
+    state, facts = su.newest_state(run_dir), Facts(run_dir)
+    try:
+        different = su.recipe_differences(su.Recipe.from_dict(facts.read("run.json")["recipe"]), run_dir)
+    except (TypeError, KeyError, AttributeError):     # not there, or of another version of the suite: shown as not measured
+        different = []
+    problems = [f"run.json is not of the run that was trained: {'; '.join(different)}. Launch the run with the checkpoint's "
+                "values again (what is done is not done again)."] if different else []
+    steps = facts.get("summary.json", "step"), state.get("step")
+    if all(type(step) is int for step in steps) and steps[0] > steps[1]:
+        problems.append(f"summary.json is of step {steps[0]:,}, the newest checkpoint of step {steps[1]:,}: another run has "
+                        "begun.")
+    trained = facts.get("tokens/manifest.json", "fingerprint", "tokenizer_sha256")
+    for name in ("tokenizer", "final"):
+        if trained and (run_dir / name / "tokenmonster.vocab").is_file():
+            found = su.tokenizer_sha256(su.load_tokenizer(run_dir / name))
+            if found != trained:
+                problems.append(f"{name}/ holds the tokenizer {found[:12]}, the tokens were made by {trained[:12]} (sha256).")
+    return problems
+
+
 def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = None, watts: float | None = None,
                      license: str = "apache-2.0", language: str = "en") -> Path:
     """Write run_dir/final/README.md from the files of the run, and run_dir/model_card.json; returns the card's path.
@@ -724,11 +747,13 @@ def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = 
     name: the model's name, by default the folder's. repo_id: what the loading example names, by default `name`. watts: mean
     power draw of the whole machine for the energy estimate; by default ASSUMED_WATTS for each GPU or CPU core.
     model_card.json holds these parameters, the SHA-256 of each file that was read, and where each figure is from.
-    Raises ParameterError where there is no final/ to describe.
+    Raises ParameterError where there is no final/ to describe, or where the files are of another run than its checkpoints.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "final" / "config.json").is_file():
         raise su.ParameterError([f"{run_dir} has no final/config.json: train a model there first (notebook 02 or 03)."])
+    if problems := description_problems(run_dir):
+        raise su.ParameterError(problems)
     assumed, basis = assumed_watts(Facts(run_dir))
     parameters = {"name": name or run_dir.resolve().name, "repo_id": repo_id or name or run_dir.resolve().name,
                   "watts": watts if watts is not None else assumed, "watts_are": "as given" if watts is not None else basis,
@@ -778,7 +803,7 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
         inputs, recorded = dict(record["inputs"]), list(record["figures"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"final/README.md or model_card.json cannot be read ({type(error).__name__}: {error}): write the card again."]
-    problems = []
+    problems = description_problems(run_dir)
     for file, digest in inputs.items():
         if not (run_dir / file).is_file():
             problems.append(f"{file} is gone since the card was written.")

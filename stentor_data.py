@@ -103,8 +103,10 @@ class ParameterError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a run killed at any instant, sees the old content or the new, never a part."""
-    path = Path(path)
+    """Write a file so that a reader, or a run killed at any instant, sees the old content or the new, never a part.
+
+    Where `path` is a link, what it points to is written, and the link stays."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -467,11 +469,17 @@ def load_tokenizer(path):
     """A tokenizer from a folder or a hub name. Only our own tokenizer class is built from this repository's code; for
     anything else transformers' own classes are used, never code from the folder (no trust_remote_code)."""
     folder = Path(path)
+    if str(path).startswith("hf:") or not folder.is_dir():
+        if not re.fullmatch(r"hf:.+|[\w.-]+(/[\w.-]+)?", str(path)):
+            raise ParameterError([f"{path} is no tokenizer folder: there is nothing of that name."])
+        from huggingface_hub import snapshot_download
+        folder = Path(snapshot_download(str(path).removeprefix("hf:"), ignore_patterns=["*/*"], allow_patterns=[
+            "tokenmonster.vocab", "*token*", "vocab.*", "merges.txt", "*.model", "*.jinja", "config.json"]))
     if (folder / "tokenmonster.vocab").is_file():
         from tokenmonster_hf import TokenMonsterTokenizer
         return TokenMonsterTokenizer.from_pretrained(str(folder))
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(str(path).removeprefix("hf:"), trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def tokenizer_problem(path) -> str | None:

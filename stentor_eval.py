@@ -764,19 +764,24 @@ def model_problem(path: str) -> str | None:
 
 def load_model(path: str, dtype: str, device: torch.device):
     """(model in eval mode, tokenizer) from a folder or a hub id; never code from there, but for our own tokenizer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
     name = str(path).removeprefix("hf:")
+    tokenizer, settings = su.load_tokenizer(path), {"dtype": getattr(torch, dtype)}
     if Path(name).is_dir():
-        tokenizer = su.load_tokenizer(name)
-    else:                                             # a hub id; one of ours has its vocabulary file there
-        from huggingface_hub import snapshot_download
-        files = Path(snapshot_download(name, allow_patterns=["tokenmonster.vocab", "*token*.json", "config.json"]))
-        tokenizer = su.load_tokenizer(files if (files / "tokenmonster.vocab").is_file() else name)
-    # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads those with weights_only=True.
-    load = su.load_model if Path(name).is_dir() else AutoModelForCausalLM.from_pretrained
-    model = load(name, dtype=getattr(torch, dtype)).to(device).eval()
+        model = su.load_model(name, **settings)
+    else:
+        # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads those with weights_only=True.
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+        if problem := su.weights_problem(model, info):
+            raise su.ParameterError([f"{name} cannot be scored: {problem}."])
+    if problems := su.tokenizer_fit(tokenizer, model.get_input_embeddings().num_embeddings):
+        raise su.ParameterError(problems)
+    # Sampling settings that a folder recommends to its users are no part of the protocol (greedy, unless a task says so).
+    ids = {f"{kind}_token_id": getattr(model.generation_config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**ids)
+    model.to(device).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -12,6 +12,7 @@ import errno
 import faulthandler
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -65,10 +66,11 @@ def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal",
         max_position_embeddings=shape.max_position_embeddings, rms_norm_eps=shape.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=shape.tie_word_embeddings, attention_bias=False, mlp_bias=False, hidden_act="silu",
-        eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=eos_token_id, use_cache=False,
+        eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=eos_token_id,
         attn_implementation=attn_implementation)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
+    model.generation_config.update(**GENERATION)      # what its saved folder will tell its users
     initialize_weights(model, residual_scaled=initialization == "residual_scaled")
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == count_parameters(shape), (total, count_parameters(shape))
@@ -97,35 +99,84 @@ def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False) 
 GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.2}   # Stentor2-12M card
 
 
+def prompt_problems(prompts) -> list[str]:
+    """One sentence for each prompt that is not a text; an empty one is a text, it continues from EOS."""
+    if not isinstance(prompts, (list, tuple)):
+        return [f"prompts = {prompts!r} must be a list of texts."]
+    return [f"prompts[{i}] = {prompt!r} must be a text (\"\" continues from EOS)."
+            for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+
+
 def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, seed: int = 42, **settings) -> list[str]:
-    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's favourite settings."""
+    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's favourite settings.
+
+    An empty prompt continues from EOS, which in training stands before each document. Raises ParameterError for a prompt
+    that is no text, or a tokenizer of more tokens than the model has rows, before any is continued.
+    """
+    if problems := prompt_problems(prompts) + tokenizer_fit(tokenizer, model.config.vocab_size):
+        raise ParameterError(problems)
     texts = []
     was_training = model.training
     model.eval()
     for i, prompt in enumerate(prompts):
         torch.manual_seed(seed + i)
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=model.device)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        ids = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, use_cache=True,
-                                 pad_token_id=tokenizer.eos_token_id, **{**GENERATION, **settings})
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=ids.shape[1] + max_new_tokens,
+                                 use_cache=True, pad_token_id=tokenizer.eos_token_id, **{**GENERATION, **settings})
         texts.append(tokenizer.decode(out[0, ids.shape[1]:].tolist(), skip_special_tokens=True))
     model.train(was_training)
     return texts
 
 
-def save_model_folder(model, tokenizer, folder) -> None:
+def tokenizer_fit(tokenizer, rows: int) -> list[str]:
+    """One sentence where the tokenizer has more tokens than the model has rows of embedding, else none."""
+    return [f"the tokenizer has {len(tokenizer):,} tokens, the model only vocab_size = {rows:,}: take the tokenizer that it "
+            "was trained with."] if len(tokenizer) > rows else []
+
+
+def published_configs(model, tokenizer, generation: dict | None = None):
+    """(config, generation_config) as the users of a saved folder want them, whatever training, or an old folder, had set.
+
+    With the cache (without it, 200 tokens took 26.5 s instead of 1.3 s, and assisted generation raises), up to the whole
+    context, with the tokenizer's ids of EOS, BOS and padding. generation: sampling settings; None: those the model has.
+    """
+    config, generating = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.use_cache = generating.use_cache = True
+    generating._from_model_config = False             # or some versions make it anew from config.json, without the sampling
+    generating.max_length = config.max_position_embeddings
+    generating.update(**generation or {})
+    if tokenizer is not None:
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
+        if isinstance(generating.eos_token_id, list) and ids["eos_token_id"] in generating.eos_token_id:
+            ids["eos_token_id"] = generating.eos_token_id         # more ways to end, as chat models have
+        for name, value in ids.items():
+            setattr(config, name, value)
+            setattr(generating, name, value)
+    return config, generating
+
+
+def save_model_folder(model, tokenizer, folder, generation: dict | None = None) -> None:
     """A plain Hugging Face folder, complete or not there at all: written beside, fsynced, then renamed into place.
 
-    peft adapters are merged into a copy of the base weights first, so the folder loads where there is no peft.
+    Where `folder` is a link, what it points to is replaced, and the link stays. peft adapters are merged into a copy of the
+    base weights first, so the folder loads where there is no peft. generation: as for `published_configs`.
+    Raises ParameterError for a tokenizer of more tokens than the model has rows.
     """
     from safetensors import SafetensorError
-    folder = Path(folder)
+    if tokenizer is not None and (problems := tokenizer_fit(tokenizer, model.config.vocab_size)):
+        raise ParameterError(problems)
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for left in folder.parent.glob(f".{folder.name}.[0-9]*"):                 # what a killed run left half-written
-        shutil.rmtree(left, ignore_errors=True)
-    use_cache, model.config.use_cache = model.config.use_cache, True          # generation wants it, training not
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):    # what a killed run left half-written
+        _remove(left)
+    own = model.config, model.generation_config
+    model.config, model.generation_config = published_configs(model, tokenizer, generation)
     try:
         model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -134,8 +185,8 @@ def save_model_folder(model, tokenizer, folder) -> None:
     except SafetensorError as error:                  # its own name for a write that failed
         raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
     finally:
-        model.config.use_cache = use_cache
-        shutil.rmtree(temporary, ignore_errors=True)
+        model.config, model.generation_config = own
+        _remove(temporary)
 
 
 def save_tokenizer(tokenizer, folder) -> None:
@@ -152,44 +203,130 @@ def save_tokenizer(tokenizer, folder) -> None:
 def load_model(folder, **settings):
     """AutoModelForCausalLM from a folder (or hub name) that nobody vouches for: safetensors only, and none of its code.
 
-    settings: as for from_pretrained. Raises ParameterError, in one sentence, for pickled weights, code (auto_map), a kind of
-    model that transformers does not have, a LoRA adapter, an index that points out of the folder, or damaged files.
+    settings: as for from_pretrained. Every weight is the file's: old weight_master names are converted. Raises
+    ParameterError, in one sentence, for pickled weights, code (auto_map), a kind of model that transformers does not have,
+    a LoRA adapter, an index that points out of the folder, damaged files, and weights that are missing, left over or of
+    another shape.
     """
-    from transformers import AutoModelForCausalLM
-    path, problem = Path(folder), None
     try:
-        if path.is_dir():
-            config = json.loads((path / "config.json").read_text())
-            index = path / "model.safetensors.index.json"
-            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-            if "auto_map" in config:
-                problem = "its config.json asks for code from elsewhere (auto_map)"
-            elif (path / "adapter_config.json").exists():
-                problem = "it holds a LoRA adapter, which names another model to load: merge the two first"
-            elif strange := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
-                problem = f"its index names {strange[0]!r}, which is not a .safetensors file of this folder"
-            elif missing := [name for name in files if not (path / name).is_file()]:
-                problem = f"{missing[0]} is not there (pickled weights, such as pytorch_model.bin, are never opened)"
+        path = _model_files(folder, settings.pop("revision", None))
+        problem = _folder_problem(path)
         if not problem:
-            return AutoModelForCausalLM.from_pretrained(str(folder).removeprefix("hf:"), trust_remote_code=False,
-                                                        use_safetensors=True, **settings)
+            model, problem = _load_weights(path, settings)
+        if not problem:
+            return model
     except Exception as error:                        # whatever a crafted file makes of the parsers
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ParameterError([f"{folder} cannot be loaded as a model: {problem}."])
 
 
+def _model_files(folder, revision: str | None = None) -> Path:
+    """The folder itself, or the hub's files of that name in the local cache."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    if not re.fullmatch(r"hf:.+|[\w.-]+(/[\w.-]+)?", str(folder)):
+        raise FileNotFoundError("there is no such folder")
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(str(folder).removeprefix("hf:"), revision=revision, ignore_patterns=["*/*"],
+                                  allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _weight_files(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+
+
+def _folder_problem(path: Path) -> str | None:
+    """Why a model folder is not to be opened, or None."""
+    config, files = json.loads((path / "config.json").read_text()), _weight_files(path)
+    if "auto_map" in config:
+        return "its config.json asks for code from elsewhere (auto_map)"
+    if (path / "adapter_config.json").exists():
+        return "it holds a LoRA adapter, which names another model to load: merge the two first"
+    if strange := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
+        return f"its index names {strange[0]!r}, which is not a .safetensors file of this folder"
+    if missing := [name for name in files if not (path / name).is_file()]:
+        return f"{missing[0]} is not there (pickled weights, such as pytorch_model.bin, are never opened)"
+
+
+def _load_weights(path: Path, settings: dict):
+    """(model, None), or (None, what is wrong with its weights)."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+    settings = {"use_safetensors": True, **settings, "trust_remote_code": False, "output_loading_info": True,
+                "ignore_mismatched_sizes": True}      # they are refused below, by name
+    old = False
+    for name in _weight_files(path):
+        with safe_open(path / name, "pt") as file:
+            old = old or any(key.endswith(".weight_master") for key in file.keys())
+    with _transformers_silent():                      # its report of the same is a page long
+        if old:                                       # the first Preview's names, and a Llama then
+            tensors = {key: value for name in _weight_files(path) for key, value in load_file(path / name).items()}
+            model, info = LlamaForCausalLM.from_pretrained(
+                None, state_dict=rename_weight_master(tensors), **settings,
+                config=AutoConfig.from_pretrained(path, trust_remote_code=False))
+            if (path / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(path)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
+    problem = weights_problem(model, info)
+    if not problem:
+        model.tie_weights()                           # 5.0 leaves apart what the file holds twice
+        # folders saved before published_configs said no
+        model.config.use_cache = model.generation_config.use_cache = True
+    return (None, problem) if problem else (model, None)
+
+
+def weights_problem(model, info: dict) -> str | None:
+    """What from_pretrained's loading info (output_loading_info) says is not as it was trained, or None."""
+    shapes = [f"{key} is {list(found)} in the file and {list(wanted)} by config.json"
+              for key, found, wanted in info["mismatched_keys"]]
+    for said, keys in (("of another shape", shapes), ("missing", info["missing_keys"]),
+                       ("left over", info["unexpected_keys"]), ("wrong", info["error_msgs"])):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            return f"weights are {said} ({sorted(map(str, keys))[0]}{more})"
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings and None not in ends
+    if tied and not torch.equal(ends[0].weight, ends[1].weight):
+        return "config.json ties lm_head to the embedding, and the file holds two different ones"
+
+
+@contextlib.contextmanager
+def _transformers_silent():
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _remove(path: Path) -> None:
+    """A folder and all in it, a file, or a link (never what it points to); nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`, fsynced and readable as the umask says (what mkstemp made is 0600)."""
+    mode = temporary.stat().st_mode & 0o777           # of a folder that was just made: what the umask says
     for path in temporary.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
     _fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -208,7 +345,12 @@ class CheckpointError(RuntimeError):
 
 
 def checkpoint_folders(run_dir) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first: folders, or links to folders."""
+    return [path for path in _checkpoint_names(run_dir) if path.is_dir()]
+
+
+def _checkpoint_names(run_dir) -> list[Path]:
+    """All that is called step-NNNNNNNN, whatever it is."""
     return sorted((Path(run_dir) / "checkpoints").glob("step-" + "[0-9]" * 8))
 
 
@@ -218,7 +360,7 @@ def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tenso
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*step-*"):              # what a killed run left half-written
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}"
     files = {f"{name}.safetensors": save({key: value.contiguous() for key, value in group.items()})
@@ -236,7 +378,7 @@ def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tenso
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_folder(temporary)
-    if final.exists():                                # between the two renames only the temporary one is there: see
+    if os.path.lexists(final):                        # between the two renames only the temporary one is there: see
         os.rename(final, folder / f".old-{final.name}")       # load_checkpoint
     os.rename(temporary, final)
     _fsync_folder(folder)
@@ -244,8 +386,8 @@ def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tenso
     for old in checkpoint_folders(run_dir)[:-keep]:
         if old not in good:                           # renamed first: a half-deleted one must not look complete
             os.rename(old, old.with_name(f".old-{old.name}"))
-    for gone in folder.glob(".old-step-*"):
-        shutil.rmtree(gone)
+    for gone in folder.glob(".old-step-*"):           # of a link the link, not what it points to
+        _remove(gone)
     return final
 
 
@@ -269,9 +411,48 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
         state = json.loads(data.pop("state.json"))
         if not isinstance(state, dict):
             raise CheckpointError("state.json is not an object")
+        if "fingerprint" in state and (problem := state_problem(state, int(folder.name[-8:]))):
+            raise CheckpointError(f"state.json: {problem}")
         return {name.removesuffix(".safetensors"): load(value) for name, value in data.items()}, state
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+def state_problem(state: dict, step: int) -> str | None:
+    """What is wrong with the state of a training run in the folder of that step, or None."""
+    def whole(low):
+        return lambda value: type(value) is int and value >= low
+
+    def real(value):
+        return type(value) in (int, float)
+    rules = {"step": whole(0), "updates": whole(0), "skipped_steps": whole(0), "metrics_lines": whole(0),
+             "nonfinite": whole(0), "evaluated_step": whole(-1), "good_step": whole(-1),
+             "best_step": lambda value: value is None or whole(0)(value),
+             "best_eval_loss": lambda value: value is None or real(value),
+             "loss_level": lambda value: value is None or real(value), "seconds": lambda value: real(value) and value >= 0,
+             "window": lambda value: isinstance(value, list) and len(value) == 3 and all(map(real, value)),
+             "scaler": lambda value: isinstance(value, dict), "rollbacks": lambda value: isinstance(value, list),
+             "fingerprint": lambda value: isinstance(value, dict)}
+    for name, rule in rules.items():
+        if not rule(state.get(name, "not there")):
+            return f"{name} is {json.dumps(state.get(name, 'not there'))[:60]}"
+    if state["step"] != step:
+        return f"its step is {state['step']:,}, the folder's name says {step:,}"
+    if max(state["updates"], state["skipped_steps"]) > step:
+        return f"{state['updates']:,} updates and {state['skipped_steps']:,} skipped ones in {step:,} steps"
+    rows, batch = (state["fingerprint"].get(key) for key in ("sequences_to_train", "total_batch_size"))
+    if whole(1)(rows) and whole(1)(batch) and step > -(-rows // batch):
+        return f"step {step:,} of a run of {-(-rows // batch):,}"
+
+
+def newest_state(run_dir) -> dict:
+    """The state of the newest checkpoint that has a readable one (its hash is not checked), or {}."""
+    for folder in reversed(checkpoint_folders(run_dir)):
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((folder / "state.json").read_text())
+            if isinstance(state, dict) and isinstance(state.get("fingerprint"), dict):
+                return state
+    return {}
 
 
 def verify_checkpoint(folder: Path) -> str | None:
@@ -285,21 +466,30 @@ def verify_checkpoint(folder: Path) -> str | None:
 def load_checkpoint(run_dir, say=print, newest: float = math.inf) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
     """(tensors, state) of the newest checkpoint, up to step `newest`, that verifies; None when there is none.
 
-    A bad one is set aside (renamed to bad-step-N) and said so. Raises CheckpointError when there are only bad ones:
-    starting again from step 0 must be somebody's decision.
+    A bad one, and whatever else has such a name, is set aside (renamed to bad-step-N) and said so. Raises CheckpointError
+    when there are only bad ones: starting again from step 0 must be somebody's decision.
     """
-    for left in (Path(run_dir) / "checkpoints").glob(".step-*"):
+    place = Path(run_dir) / "checkpoints"
+    if os.path.lexists(place) and not place.is_dir():
+        raise CheckpointError(f"{place} is not a folder: move it away; checkpoints are written there.")
+    for left in place.glob(".step-*"):
         complete = left.with_name(left.name[1:])      # killed right before its last rename
-        if not complete.exists() and not verify_checkpoint(left):
+        if not os.path.lexists(complete) and not verify_checkpoint(left):
             os.rename(left, complete)
+
+    def set_aside(path, problem):
+        os.rename(path, path.with_name(f"bad-{path.name}-{time.time_ns()}"))
+        say(f"checkpoint {path.name} set aside: {problem}")
+    for path in _checkpoint_names(run_dir):
+        if not path.is_dir():
+            set_aside(path, "it is not a folder")
     folders = [folder for folder in checkpoint_folders(run_dir) if int(folder.name[5:]) <= newest]
     for folder in reversed(folders):
         try:
             return read_checkpoint(folder)
         except CheckpointError as problem:
-            os.rename(folder, folder.with_name(f"bad-{folder.name}-{time.time_ns()}"))
-            say(f"checkpoint {folder.name} set aside: {problem}")
-    if folders or list((Path(run_dir) / "checkpoints").glob("bad-*")):
+            set_aside(folder, problem)
+    if folders or list(place.glob("bad-*")):
         raise CheckpointError(f"no checkpoint under {run_dir}/checkpoints can be read (all set aside as bad-...); delete "
                               "that folder to start from step 0.")
     return None
@@ -371,7 +561,7 @@ def use_chunked_loss(model, compiled: bool = False) -> None:
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         if labels is None or not self.training:
             return type(self).forward(self, input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+        hidden = self.model(input_ids=input_ids, **{"use_cache": False, **kwargs}).last_hidden_state[:, :-1].flatten(0, 1)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         targets = labels[:, 1:].flatten()
@@ -681,15 +871,19 @@ class RunLock:
     def __init__(self, run_dir):
         self.path = Path(run_dir) / ".lock"
         self.file = open(self.path, "a+")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.seek(0)
-            raise ParameterError([f"{run_dir} is in use by {self.file.read().strip() or 'another run'}; wait for it, stop "
-                                  "it, or choose another RUN."]) from None
+        self.take(self.file, run_dir)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self.file.flush()
+
+    @staticmethod
+    def take(file, run_dir):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ParameterError([f"{run_dir} is in use by {file.read().strip() or 'another run'}; wait for it, stop it, or "
+                                  "choose another RUN."]) from None
 
     def release(self):
         self.file.close()
@@ -701,7 +895,7 @@ class RunLock:
         self.release()
 
 
-def run_fingerprint(recipe: Recipe, store) -> dict:
+def recipe_fingerprint(recipe: Recipe) -> dict:
     """What must be equal for a checkpoint to be continued; cadences and micro-batch sizes may change, these may not."""
     free = {"name", "published", "unpublished", "per_device_train_batch_size", "per_device_eval_batch_size", "num_processes",
             "gradient_accumulation_steps", "eval_steps", "best_eval_steps", "best_eval_start_step", "save_every_minutes",
@@ -710,23 +904,73 @@ def run_fingerprint(recipe: Recipe, store) -> dict:
     values = {key: value for key, value in recipe.to_dict().items() if key not in free}
     values |= {"total_batch_size": recipe.total_batch_size, "sequences_to_train": recipe.sequences_to_train,
                "source_weights": {source.name: source.weight for source in recipe.sources}}
-    values["store"] = {name: [shard["sha256"] for shard in entry["shards"]]
-                       for name, entry in store.manifest["sources"].items() if name in store.names}
     return json.loads(json.dumps(values))
+
+
+def run_fingerprint(recipe: Recipe, store) -> dict:
+    """The recipe's, and the token store's hashes."""
+    return recipe_fingerprint(recipe) | {"store": {
+        name: [shard["sha256"] for shard in entry["shards"]]
+        for name, entry in store.manifest["sources"].items() if name in store.names}}
+
+
+def fingerprint_differences(theirs: dict, mine: dict) -> list[str]:
+    """"seed is 1 in the checkpoint, 2 in this run" for each key of either that differs."""
+    return [f"{key} is {json.dumps(theirs.get(key))[:80]} in the checkpoint, {json.dumps(mine.get(key))[:80]} in this run"
+            for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+
+
+def recipe_differences(recipe: Recipe, run_dir) -> list[str]:
+    """`fingerprint_differences` of the recipe and the newest checkpoint of run_dir; [] where there is none."""
+    mine, theirs = recipe_fingerprint(recipe), newest_state(run_dir).get("fingerprint")
+    return fingerprint_differences({key: theirs[key] for key in mine if key in theirs}, mine) if theirs else []
+
+
+def check_run(recipe: Recipe, run_dir) -> None:
+    """Raise for a run folder in use (ParameterError) or with checkpoints of another recipe (CheckpointError).
+
+    To ask before work that a refused run would have done in vain; it writes nothing. `train` asks again, under its lock, and
+    also about the store and the start weights.
+    """
+    with contextlib.suppress(FileNotFoundError), open(Path(run_dir) / ".lock") as file:
+        RunLock.take(file, run_dir)
+    if different := recipe_differences(recipe, run_dir):
+        raise another_run(run_dir, different)
+
+
+def another_run(run_dir, different: list[str]) -> CheckpointError:
+    return CheckpointError(f"{run_dir} holds checkpoints of another run: " + "; ".join(different)
+                           + ". Choose another RUN, or delete its checkpoints folder.")
 
 
 class Metrics:
     """metrics.jsonl, and training_curves.csv (the cards' columns) made from it. Only process 0 writes."""
 
-    def __init__(self, run_dir, keep_lines: int):
+    def __init__(self, run_dir, keep_lines: int, say=print):
         self.folder = Path(run_dir)
         self.path = self.folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows = [json.loads(line) for line in lines[:keep_lines]]        # later ones are trained again
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        self.rows = [row for row in map(self.row_of, lines[:keep_lines]) if row]      # later ones are trained again
+        if lost := keep_lines - len(self.rows):
+            aside = f"bad-metrics-{time.time_ns()}.jsonl"
+            if lines:
+                os.rename(self.path, self.folder / aside)
+            say(f"metrics.jsonl: {lost} of the {keep_lines} rows that the checkpoint counts are broken or gone; it goes on "
+                "with the others" + f" (the file as it was: {aside})" * bool(lines))
         for left in self.folder.glob(".*.[0-9]*"):    # what write_atomically of a killed run left behind
             if left.is_file():
                 left.unlink()
         self.write()
+
+    @staticmethod
+    def row_of(line: str) -> dict | None:
+        """The row of that line; None where it is none, or lacks what the curves are made of."""
+        needs = {"train": {"epoch", "loss", "tokens_per_second"}, "eval": {"epoch", "loss", "perplexity"}}
+        try:
+            row = json.loads(line)
+            return row if type(row["step"]) is int and needs.get(row["kind"], set()) <= set(row) else None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
 
     def write(self):
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -741,9 +985,11 @@ class Metrics:
             self.whole = False
 
     def complete(self):
-        """Every row is in the file, or OSError."""
+        """Every row is in the file and on the disk, as the checkpoint that counts them will be, or OSError."""
         if not self.whole:
             self.write()
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
 
     def write_curves(self, final_step: int | None = None):
         lines = ["step,epoch,train_loss,eval_loss,eval_ppl,note"]
@@ -766,8 +1012,8 @@ class TrainingDiverged(RuntimeError):
     """The run came apart again after it had gone back to a good checkpoint; the message says where, and what to try."""
 
 
-def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadline_hours: float | None = None, say=None
-          ) -> dict:
+def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadline_hours: float | None = None, say=None,
+          begin=lambda: None) -> dict:
     """Train, or go on with, the run in `run_dir`; the only training loop there is.
 
     store: anything with .batch(step) -> {"input_ids", "labels"} int64 (total_batch_size, length), .validation(), .mixture,
@@ -775,8 +1021,9 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     .evaluate(model, engine) -> the keys of `evaluate` and whatever else is to be logged, that is used, and no .validation();
     with .tokens_per_step, that is what a step is counted as. model: one that is built already, used as it is instead of the
     recipe's shape and precision techniques; only what requires gradients is trained and kept in checkpoints, and its start
-    weights are part of what a checkpoint must match. Writes checkpoints/, metrics.jsonl, training_curves.csv, best/, final/ and
-    summary.json; returns what summary.json holds.
+    weights are part of what a checkpoint must match. begin: called once the run is this process's and its checkpoint is found
+    to be of this very run; what describes a run is written there, and not before. Writes checkpoints/, metrics.jsonl,
+    training_curves.csv, best/, final/ and summary.json; returns what summary.json holds.
     SIGTERM and SIGINT finish the step (an evaluation, or a wait for data, is cut short), save, and raise SystemExit(143) or
     KeyboardInterrupt.
     Before `deadline_hours` after its start, early enough for what comes next and a save three times as slow as the slowest so
@@ -792,7 +1039,7 @@ def train(recipe: Recipe, store, run_dir, *, tokenizer=None, model=None, deadlin
     say = (say or (lambda text: print(text, flush=True))) if engine.rank == 0 else (lambda text: None)
     with RunLock(run_dir) if engine.rank == 0 else contextlib.nullcontext():
         try:
-            return Run(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say).train()
+            return Run(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say, begin).train()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -819,7 +1066,7 @@ class LogWindow:
 class Run:
     """One session of a training run: `train()` is the loop, its methods are the steps of it, `state` is what lasts."""
 
-    def __init__(self, engine, recipe: Recipe, store, run_dir: Path, tokenizer, model, deadline_hours, say):
+    def __init__(self, engine, recipe: Recipe, store, run_dir: Path, tokenizer, model, deadline_hours, say, begin):
         self.engine, self.recipe, self.store, self.run_dir = engine, recipe, store, run_dir
         self.tokenizer, self.deadline_hours, self.say = tokenizer, deadline_hours, say
         self.main = engine.rank == 0
@@ -829,7 +1076,7 @@ class Run:
         self.slowest = {"save": 1.0, "evaluation": 0.0, "step": 0.0}      # seconds, in this session
         self.check()
         self.make_model(model)
-        self.resume()
+        self.resume(begin)
         self.announce()
         # a batch of this run's shape shows what fits the memory
         first_batch = store.batch(min(self.state["step"], recipe.total_steps - 1))
@@ -913,8 +1160,8 @@ class Run:
             measure = torch.compiler.set_stance("force_eager")(measure)
         return measure
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint of this run, or begin."""
+    def resume(self, begin) -> None:
+        """Go on from the newest checkpoint of this run, or begin; `begin()` once it is sure to be of this run."""
         fingerprint = run_fingerprint(self.recipe, self.store) | self.start_weights
         if not self.main:
             self.engine.sum(0)                        # process 0 reads first: it sets bad checkpoints aside
@@ -924,7 +1171,9 @@ class Run:
         self.saved_step = None                        # of the newest checkpoint
         if loaded:
             tensors, self.state = loaded
-            check_fingerprint(self.run_dir, self.state.get("fingerprint"), fingerprint)
+            theirs = self.state.get("fingerprint") or {"fingerprint": None}
+            if different := fingerprint_differences(theirs, fingerprint):
+                raise another_run(self.run_dir, different)
             self.put_back(tensors)
             if self.state["scaler"]:
                 self.engine.scaler.load_state_dict(self.state["scaler"])
@@ -938,7 +1187,9 @@ class Run:
                 "good_step": -1, "nonfinite": 0, "loss_level": None, "rollbacks": []}
         self.first_step = self.state["step"]
         self.window = LogWindow(*self.state["window"][1:])
-        self.metrics = Metrics(self.run_dir, self.state["metrics_lines"]) if self.main else None
+        if self.main:
+            begin()
+        self.metrics = Metrics(self.run_dir, self.state["metrics_lines"], self.say) if self.main else None
         self.engine.begin(self.recipe, self.state, self.say)
 
     def put_back(self, tensors: dict) -> None:
@@ -1243,17 +1494,7 @@ class Run:
         result = self.measure(saved, engine if engine.world_size == 1 else None)
         rates = [row["tokens_per_second"] for row in self.metrics.rows if row["kind"] == "train"]
         return {"eval_loss": result["loss"], "perplexity": result["perplexity"], "bits_per_byte": result["bits_per_byte"],
-                "eval_tokens": result["tokens"], "tokens_per_second": float(np.median(rates))}
-
-
-def check_fingerprint(run_dir, theirs: dict | None, ours: dict) -> None:
-    """Raises CheckpointError, naming every difference, unless a checkpoint is of the run with fingerprint `ours`."""
-    theirs = theirs or {"fingerprint": None}
-    different = [f"{key} is {json.dumps(theirs.get(key))[:80]} in the checkpoint, {json.dumps(ours.get(key))[:80]} in this run"
-                 for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-    if different:
-        raise CheckpointError(f"{run_dir} holds checkpoints of another run: " + "; ".join(different)
-                              + ". Choose another RUN, or delete its checkpoints folder.")
+                "eval_tokens": result["tokens"], "tokens_per_second": float(np.median(rates)) if rates else None}
 
 
 class CutShort(BaseException):
@@ -1429,7 +1670,7 @@ class TrainingFailed(RuntimeError):
 
 def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: int | None = None,
            deadline_hours: float | None = None, xla: str | None = None, fill: dict | None = None, say=None) -> dict:
-    """Write run.json and environment.json, train in a process of its own (several with torchrun), show its log here.
+    """Train in a process of its own (several with torchrun) that writes run.json and environment.json; show its log here.
 
     num_processes: default one a GPU, or 1 on the CPU. xla: "TPU", or "CPU" for 8 virtual devices (CPU_NUM_DEVICES); one
     process serves them all, with PJRT_DEVICE set for it. fill: {"shard_tokens", "rolling", "ahead_shards"}: the store is
@@ -1443,10 +1684,10 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
                                    recipe=json.dumps(recipe.to_dict())):
         raise ParameterError(problems)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "run.json", json.dumps({
-        "recipe": recipe.to_dict(), "store": os.path.relpath(store_dir, run_dir),
-        "tokenizer": os.path.relpath(tokenizer_dir, run_dir), "deadline_hours": deadline_hours, "fill": fill}, indent=1))
-    write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    places = {"store": store_dir, "tokenizer": tokenizer_dir}
+    described = {"recipe": recipe.to_dict(), **{name: place_in(run_dir, path) for name, path in places.items()},
+                 "were_at": {name: os.path.realpath(path) for name, path in places.items() if not is_hub_name(path)},
+                 "deadline_hours": deadline_hours, "fill": fill}
     num_processes = 1 if xla else num_processes or max(1, torch.cuda.device_count())
     here = str(Path(__file__).resolve().parent)
     command = [sys.executable, "-m", "stentor_utils", "train", str(run_dir / "run.json")]
@@ -1459,7 +1700,9 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     # connect to those (pytorch issue 135712; with one process 4 s late 4 of 6 restarts failed, 0 of 6 with this).
     group = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1",
              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if num_processes > 1 else {}
+    # run.json is written by the training process, once the run is found to be its own (train's `begin`).
     env = {**PROCESS_ENVIRONMENT, **group, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
+           "STENTOR_RUN_JSON": json.dumps(described),
            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
     env.pop("STENTOR_DEADLINE", None)
     if deadline_hours:                                # one clock for every process: imports and a restart count too
@@ -1488,6 +1731,62 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     return json.loads((run_dir / "summary.json").read_text())
 
 
+def is_hub_name(path) -> bool:
+    return str(path).startswith("hf:")
+
+
+def place_in(run_dir, path) -> str:
+    """How run.json names a store or tokenizer: a hub name as it is, else the path from the run's folder.
+
+    What is in the folder is named so though the folder is a link; from a real folder to another, no link is in between.
+    """
+    if is_hub_name(path):
+        return str(path)
+    inside = os.path.relpath(path, run_dir)
+    return inside if inside.split(os.sep)[0] != ".." else os.path.relpath(os.path.realpath(path), os.path.realpath(run_dir))
+
+
+def find_place(run_dir, run: dict, what: str) -> Path | str:
+    """Where run.json's "store" or "tokenizer" is: a hub name, or a path.
+
+    Where it names nothing that is there (a run folder that was copied), what `launch` was given, then what the folder itself
+    holds. A wrong one is refused by its hash when training begins. Raises ParameterError where there is none.
+    """
+    run_dir, named = Path(run_dir), str(run[what])
+    if is_hub_name(named):
+        return named
+    inside = {"tokenizer": ("tokenizer", "final", "best"), "store": ("tokens",)}[what]
+    tried = [run_dir / named, *(Path(path) for path in [(run.get("were_at") or {}).get(what)] if path),
+             *(run_dir / name for name in inside)]
+    if run.get("fill") and what == "store":           # it grows where it is, or begins there; never in another run's folder
+        return tried[0]
+    for path in tried:
+        if (tokenizer_problem(path) is None) if what == "tokenizer" else (path / "manifest.json").is_file():
+            return path
+    raise ParameterError([f"{run_dir / 'run.json'} names the {what} {named}, and there is none, nor in {run_dir / inside[0]}: "
+                          "copy it there, or start the run with launch (notebook 02 or 03)."])
+
+
+def read_run(path: Path) -> dict:
+    """The content of run.json; in a process that `launch` started, the content that it will have.
+
+    Raises ParameterError, in a sentence, for a file that is not there or no description of a run.
+    """
+    try:
+        run = json.loads(os.environ.get("STENTOR_RUN_JSON") or path.read_text())
+        return {**run, "recipe": Recipe.from_dict(run["recipe"]), "store": run["store"], "tokenizer": run["tokenizer"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ParameterError([f"{path} cannot be read as a run ({type(error).__name__}: {error}): start it with launch "
+                              "(notebook 02 or 03)."]) from error
+
+
+def describe_run(path: Path) -> None:
+    """run.json and environment.json of a run that `launch` started; one that was started from run.json has them."""
+    if text := os.environ.get("STENTOR_RUN_JSON"):
+        write_atomically(path, json.dumps(json.loads(text), indent=1))
+        write_atomically(path.parent / "environment.json", json.dumps(environment(), indent=1))
+
+
 def train_from_file(path) -> dict:
     """What `launch` starts: train the run described by run.json."""
     path = Path(path).resolve()
@@ -1500,10 +1799,10 @@ def train_from_file(path) -> dict:
     hours = hours_left(float(end)) if end else run.get("deadline_hours")
     go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=hours)
     if not run.get("fill"):
-        return go(store=TokenStore(path.parent / run["store"], recipe))
+        return go(store=TokenStore(store, recipe))
     with fill_while_training(path, recipe, run["fill"]["shard_tokens"]) as failed:
-        return go(store=GrowingStore(path.parent / run["store"], recipe, run["fill"]["shard_tokens"],
-                                     rolling=run["fill"].get("rolling", False), failed=failed))
+        return go(store=GrowingStore(store, recipe, run["fill"]["shard_tokens"], rolling=run["fill"].get("rolling", False),
+                                     failed=failed))
 
 
 @contextlib.contextmanager
@@ -1512,8 +1811,9 @@ def fill_while_training(path, recipe: Recipe, shard_tokens: int):
     env = {key: value for key, value in os.environ.items() if key not in ("STENTOR_ENGINE", "CPU_NUM_DEVICES")}
     env |= {"PJRT_DEVICE": "CPU"}                     # they import transformers, which imports torch_xla: not the chips
     logs = {name: open(Path(path).parent / f"feed-{name}.log", "w+") for name in planned_shards(recipe, shard_tokens)}
-    workers = {name: subprocess.Popen([sys.executable, "-m", "stentor_utils", "fill", str(path), name], env=env, stdout=log,
-                                      stderr=log) for name, log in logs.items()}
+    command = [sys.executable, "-m", "stentor_utils", "fill", str(path)]
+    workers = {name: subprocess.Popen([*command, name, str(os.getpid())], env=env, stdout=log, stderr=log)
+               for name, log in logs.items()}
 
     def failed():
         for name, worker in workers.items():
@@ -1531,20 +1831,31 @@ def fill_while_training(path, recipe: Recipe, shard_tokens: int):
             log.close()
 
 
-def fill_from_file(path, name: str) -> None:
-    """What a worker does: fill one source of the run described by run.json."""
+def leave_with(parent: int) -> None:
+    """Ask the kernel for a SIGTERM when the process `parent` dies, and leave at once if it has: while this one imported."""
+    import ctypes
+    PR_SET_PDEATHSIG = 1                              # linux/prctl.h
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit(0)
+
+
+def fill_from_file(path, name: str, parent: int | None = None) -> None:
+    """What a worker does: fill one source of the run described by run.json, as long as the process `parent` lives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # the stop button: training ends its step, saves, and ends its workers
+    if parent:
+        leave_with(int(parent))
     path = Path(path).resolve()
-    run = json.loads(path.read_text())
-    fill_source(Recipe.from_dict(run["recipe"]), load_tokenizer(path.parent / run["tokenizer"]), path.parent / run["store"],
+    run = read_run(path)
+    fill_source(run["recipe"], load_tokenizer(find_place(path.parent, run, "tokenizer")), find_place(path.parent, run, "store"),
                 name, shard_tokens=run["fill"]["shard_tokens"], ahead_shards=run["fill"].get("ahead_shards"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m stentor_utils train RUN_JSON`, and for its workers `fill RUN_JSON SOURCE`; exit code 2 for a refused
+    """`python -m stentor_utils train RUN_JSON`, and for its workers `fill RUN_JSON SOURCE PARENT`; exit code 2 for a refused
     parameter or checkpoint or a failed worker, 130 / 143 for a stop."""
     arguments = argv or sys.argv[1:]
-    filling = len(arguments) == 3 and arguments[0] == "fill"
+    filling = len(arguments) in (3, 4) and arguments[0] == "fill"
     if not filling and (len(arguments) != 2 or arguments[0] != "train"):
         print("usage: python -m stentor_utils train RUN_JSON", file=sys.stderr)
         return 2

@@ -162,6 +162,7 @@ class XlaEngine:
         from transformers import LlamaConfig, LlamaForCausalLM
         config = LlamaConfig(**{**model.config.to_dict(), "attn_implementation": "sdpa"})
         copy = LlamaForCausalLM(config)
+        copy.generation_config = model.generation_config
         copy.load_state_dict({key: value.cpu() for key, value in model.state_dict().items()})
         copy.tie_weights()
         return copy
@@ -238,7 +239,8 @@ class XlaEngine:
         parts = len(ids) // (per_device * self.devices)
         loss = 0.0
         for part in range(parts):                     # every parts-th row: so each device keeps the rows it has
-            part_loss = model(input_ids=ids[part::parts], labels=labels[part::parts], num_items_in_batch=batch["count"][0]).loss
+            part_loss = model(input_ids=ids[part::parts], labels=labels[part::parts], use_cache=False,
+                              num_items_in_batch=batch["count"][0]).loss
             part_loss.backward()
             loss = loss + part_loss.detach()
         with torch.no_grad():

@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
             path = "/".join(parts[4:])
             self.fault = self.fault or hub.broken.get(path)
             return self.send_file(hub.repos[f"{parts[1]}/{parts[2]}"][parts[3]][path], {})
+        if parts[0] not in ("api", "datasets"):
+            parts = ["models", *parts]                   # as the hub itself: a model's files have no prefix
         api = parts[0] == "api"
         repo, verb, rest = "/".join(parts[1 + api:3 + api]), (parts[3 + api:] or ["revision"])[0], parts[4 + api:] or ["main"]
         if repo not in hub.repos:
