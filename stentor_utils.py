@@ -631,13 +631,20 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(recipe: Recipe, groups: list[dict], device: torch.device, say=print):
-    """The recipe's optimiser: torch's fused AdamW, or bitsandbytes' paged one where it is asked for and there is a GPU."""
+    """The recipe's optimiser: torch's fused AdamW, or bitsandbytes' paged one where it is asked for and works on this GPU."""
     settings = {"lr": recipe.learning_rate, "eps": recipe.adam_epsilon, "betas": (recipe.adam_beta1, recipe.adam_beta2)}
     if recipe.optimizer == "paged_adamw_32bit":
+        why = f"pages are for a GPU's memory, this is {device}"
         if device.type == "cuda":
-            from bitsandbytes.optim import PagedAdamW32bit
-            return PagedAdamW32bit(groups, **settings)
-        say(f"optimizer: torch's AdamW stands in for paged_adamw_32bit; pages are for a GPU's memory, this is {device}")
+            try:
+                from bitsandbytes.optim import PagedAdamW32bit
+                probe = nn.Parameter(torch.ones(8, device=device))           # a build for another CUDA fails at its first step
+                probe.grad = torch.ones_like(probe)
+                PagedAdamW32bit([probe]).step()
+                return PagedAdamW32bit(groups, **settings)
+            except Exception as error:
+                why = f"bitsandbytes cannot be used here ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        say(f"optimizer: torch's AdamW stands in for paged_adamw_32bit; {why}")
     return torch.optim.AdamW(groups, **settings, fused=device.type in ("cuda", "cpu"))
 
 
@@ -848,6 +855,10 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
             engine.scaler.load_state_dict(state["scaler"])
         say(f"going on from step {state['step']:,} of {recipe.total_steps:,}")
     metrics = Metrics(run_dir, state["metrics_lines"]) if main else None
+    state.setdefault("optimizers", [])                # each that made steps of this run: one may have stood in for another
+    used = f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
+    if state["step"] < recipe.total_steps and used not in state["optimizers"]:
+        state["optimizers"].append(used)
     engine.begin(recipe, state, say)
 
     def save():
@@ -1078,7 +1089,7 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
                "skipped_steps": state["skipped_steps"], "best_eval_loss": state["best_eval_loss"],
                "best_step": state["best_step"], "seconds": elapsed(), "device": str(engine.device),
                "processes": engine.world_size, "precision": {"autocast": engine.mixed_precision, **precision},
-               "stopped": stopped, **engine.counters()}
+               "stopped": stopped, "optimizer": ", then ".join(state["optimizers"]), **engine.counters()}
     if start_weights:
         summary["trainable_parameters"] = trainable
     if main and not stopped:
@@ -1148,6 +1159,9 @@ def checkpoint_tensors(model, optimizer, names: dict) -> dict[str, dict[str, tor
     return {"model": weights, "optimizer": moments}
 
 
+BITSANDBYTES_MOMENTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}          # its names for Adam's two, which are the same
+
+
 def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     """Put a checkpoint's tensors back; every key must be there."""
     try:
@@ -1164,6 +1178,9 @@ def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Te
         if name not in by_name:
             raise CheckpointError(f"the checkpoint does not fit the model: {key!r} belongs to none of its parameters.")
         parameter = by_name[name]
+        for theirs, ours in BITSANDBYTES_MOMENTS.items():       # a session may have what another lacked
+            if moment in (theirs, ours):
+                moment = theirs if isinstance(optimizer, torch.optim.AdamW) else ours
         on_host = moment == "step" and not optimizer.defaults.get("capturable")
         optimizer.state[parameter][moment] = value.clone() if on_host else value.clone().to(parameter.device)
         if moment == "step" and not isinstance(optimizer, torch.optim.AdamW):
