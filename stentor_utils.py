@@ -833,13 +833,20 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(recipe: Recipe, groups: list[dict], device: torch.device, say=print):
-    """The recipe's optimiser: torch's fused AdamW, or bitsandbytes' paged one where it is asked for and there is a GPU."""
+    """The recipe's optimiser: torch's fused AdamW, or bitsandbytes' paged one where it is asked for and works on this GPU."""
     settings = {"lr": recipe.learning_rate, "eps": recipe.adam_epsilon, "betas": (recipe.adam_beta1, recipe.adam_beta2)}
     if recipe.optimizer == "paged_adamw_32bit":
+        why = f"pages are for a GPU's memory, this is {device}"
         if device.type == "cuda":
-            from bitsandbytes.optim import PagedAdamW32bit
-            return PagedAdamW32bit(groups, **settings)
-        say(f"optimizer: torch's AdamW stands in for paged_adamw_32bit; pages are for a GPU's memory, this is {device}")
+            try:
+                from bitsandbytes.optim import PagedAdamW32bit
+                probe = nn.Parameter(torch.ones(8, device=device))           # a build for another CUDA fails at its first step
+                probe.grad = torch.ones_like(probe)
+                PagedAdamW32bit([probe]).step()
+                return PagedAdamW32bit(groups, **settings)
+            except Exception as error:
+                why = f"bitsandbytes cannot be used here ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        say(f"optimizer: torch's AdamW stands in for paged_adamw_32bit; {why}")
     return torch.optim.AdamW(groups, **settings, fused=device.type in ("cuda", "cpu"))
 
 
@@ -1190,7 +1197,15 @@ class Run:
         if self.main:
             begin()
         self.metrics = Metrics(self.run_dir, self.state["metrics_lines"], self.say) if self.main else None
+        self.note_optimizer()
         self.engine.begin(self.recipe, self.state, self.say)
+
+    def note_optimizer(self) -> None:
+        """state["optimizers"]: each that made steps of this run; one may have stood in for another."""
+        used = f"{type(self.optimizer).__module__.partition('.')[0]}.{type(self.optimizer).__name__}"
+        done = self.state.setdefault("optimizers", [])
+        if not self.finished() and used not in done:
+            done.append(used)
 
     def put_back(self, tensors: dict) -> None:
         """Weights, optimiser and average of a checkpoint."""
@@ -1485,7 +1500,7 @@ class Run:
                 "skipped_steps": state["skipped_steps"], "best_eval_loss": state["best_eval_loss"],
                 "best_step": state["best_step"], "seconds": self.elapsed(), "device": str(engine.device),
                 "processes": engine.world_size, "precision": {"autocast": engine.mixed_precision, **self.precision},
-                "stopped": self.stopped, **engine.counters(), **counts}
+                "stopped": self.stopped, "optimizer": ", then ".join(state["optimizers"]), **engine.counters(), **counts}
 
     def measure_final(self, folder: Path) -> dict:
         """What is reported is measured on what was saved, read back as anybody would."""
@@ -1540,6 +1555,9 @@ def checkpoint_tensors(model, optimizer, names: dict) -> dict[str, dict[str, tor
     return {"model": weights, "optimizer": moments}
 
 
+BITSANDBYTES_MOMENTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}          # its names for Adam's two, which are the same
+
+
 def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     """Put a checkpoint's tensors back; every key must be there."""
     try:
@@ -1556,6 +1574,9 @@ def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Te
         if name not in by_name:
             raise CheckpointError(f"the checkpoint does not fit the model: {key!r} belongs to none of its parameters.")
         parameter = by_name[name]
+        for theirs, ours in BITSANDBYTES_MOMENTS.items():       # a session may have what another lacked
+            if moment in (theirs, ours):
+                moment = theirs if isinstance(optimizer, torch.optim.AdamW) else ours
         on_host = moment == "step" and not optimizer.defaults.get("capturable")
         optimizer.state[parameter][moment] = value.clone() if on_host else value.clone().to(parameter.device)
         if moment == "step" and not isinstance(optimizer, torch.optim.AdamW):
@@ -1790,14 +1811,18 @@ def describe_run(path: Path) -> None:
 def train_from_file(path) -> dict:
     """What `launch` starts: train the run described by run.json."""
     path = Path(path).resolve()
-    run = json.loads(path.read_text())
-    recipe = Recipe.from_dict(run["recipe"])
+    run = read_run(path)
+    recipe = run["recipe"]
     if problems := recipe.problems():
         raise ParameterError(problems)
-    tokenizer = load_tokenizer(path.parent / run["tokenizer"])
+    if os.environ.get("RANK", "0") == "0":
+        check_run(recipe, path.parent)                # before the workers of a run that is not to be begin to fill
+    tokenizer = load_tokenizer(find_place(path.parent, run, "tokenizer"))
+    store = find_place(path.parent, run, "store")
     end = os.environ.get("STENTOR_DEADLINE")          # from launch
     hours = hours_left(float(end)) if end else run.get("deadline_hours")
-    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=hours)
+    go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer, deadline_hours=hours,
+                           begin=functools.partial(describe_run, path))
     if not run.get("fill"):
         return go(store=TokenStore(store, recipe))
     with fill_while_training(path, recipe, run["fill"]["shard_tokens"]) as failed:

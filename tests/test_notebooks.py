@@ -89,6 +89,19 @@ def test_instruct_tuning_made_a_model_that_stops_and_a_probe_with_a_label_for_ev
     assert len(list(folder.glob("sft_metrics-*-phase*.jsonl"))) == 10 and (folder / "labels.png").stat().st_size > 5_000
 
 
+def test_the_instruct_model_chats_where_there_is_only_transformers(chain, tmp_path):
+    code = ("import sys; sys.modules['peft'] = None\nfrom transformers import pipeline\n"
+            "chat = pipeline('text-generation', model=sys.argv[1], trust_remote_code=True)\n"
+            "said = chat([{'role': 'user', 'content': 'What is the capital of France?'}], max_new_tokens=8)\n"
+            "settings, tokenizer = chat.model.generation_config, chat.tokenizer\n"
+            "assert settings.eos_token_id == settings.pad_token_id == tokenizer.eos_token_id\n"
+            "print(settings.use_cache, settings.temperature, settings.top_p, said[0]['generated_text'][-1]['role'])")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code, str(chain[0] / "instruct" / "final")], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "1.1", "0.6", "assistant"], done.stderr[-2000:]      # 04's GENERATION
+
+
 def test_charts_samples_and_executed_notebooks_are_there(chain):
     folder, _ = chain
     for name in ("loss", "perplexity", "bits_per_byte", "parameters"):
@@ -155,6 +168,17 @@ def test_running_again_keeps_the_finished_model(chain):
     assert (folder / "final" / "model.safetensors").read_bytes() == before
 
 
+def test_a_refused_tuning_leaves_what_an_earlier_one_delivered(chain):
+    """Another learning rate for phases that are done: refused by the checkpoint, before anything of instruct/ is written."""
+    def delivered():
+        files = [path for path in (chain[0] / "instruct").rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    before = delivered()
+    done = run(f"OUTPUTS={chain[0].parent}", "RUN=chain", "SEEDS=[0]", "RATE=7", notebooks=["04_instruct_sft"])
+    assert done.returncode == 1 and "learning_rate is" in done.stderr, done.stderr[-2000:]
+    assert len(before) > 15 and delivered() == before
+
+
 @pytest.fixture(scope="module")
 def tpu_run(chain):
     """03 with its CPU twin on the CPU engine, with the chain's tokenizer; XLA with 8 virtual devices: make tpu-test."""
@@ -193,6 +217,12 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
     ("01_tokenizer", ["VOCABULARY={folder}/other.vocab"], ["other.vocab"]),
     ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder']", "MODEL=/no/such/model"],
      ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model"]),
+    ("04_instruct_sft", ["SEEDS=[0, -1]", "PROMPTS=['hello', None]", "RECIPES=[['card']]", "BATCH=1.5",
+                         "GENERATION={'temprature': 2, 'max_new_tokens': 1.5}"],
+     ["SEEDS = [0, -1] has -1", "PROMPTS = ['hello', None] has None", "RECIPES = [['card']] has ['card']",
+      "BATCH = 1.5 must be", "'temprature'"]),
+    ("04_instruct_sft", ["BATCH=50", "DELIVER=card", "RECIPES=['better']"],
+     ["BATCH = 50 must be at most 48 or a multiple of it", "DELIVER = 'card' is not among", "there is no model in"]),
     ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
     ("06_charts", ["PUBLISH_TO=somewhere"], ["PUBLISH_TO = 'somewhere' must be None"]),
 ])

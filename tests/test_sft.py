@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -175,6 +176,125 @@ def test_what_is_too_long_keeps_the_system_prompt_and_the_marker(tiny):
     assert text.endswith("</s>")
 
 
+def byte_level_bpe(texts):
+    """A tokenizer of the other family: transformers' fast class, with tokens that reach over the edges of the markers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    import tokenmonster_hf
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = tokenmonster_hf.CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["plain", "capcode", "bytes without a token", "byte-level BPE"])
+def any_tokenizer(request, tiny):
+    import tokenmonster_hf
+    texts = ["why?\n<|assistant|>\nBecause of it.\n<|user|>\nI'm sure", "the value of a function"] * 50
+    if request.param == "byte-level BPE":
+        return byte_level_bpe(texts)
+    over_the_edge = [b"?\n<|assist", b"s\n<", b"|>\nB", b"y\n<|assistant|>\n", b">\n<|us"]
+    words = [f" {word}".encode() for word in set(" ".join(texts).split())] + over_the_edge
+    include = {"bytes without a token": "ascii"}.get(request.param, "all256")
+    vocabulary = tokenmonster_hf.Vocabulary.from_tokens(words, capcode=2 if request.param == "capcode" else 0, include=include)
+    return tokenmonster_hf.TokenMonsterTokenizer.from_vocabulary(vocabulary)
+
+
+SYLLABLES = ("why?", " value", "I'm ", "s", "y", "日本", "é", "ﬁ", "e\u0301", "👩\u200d👩\u200d👧", "\x00", "\x1b[0m", "\t",
+             "\n", "A", "</s>", "<|assistant|>\n", "\u2028")
+MARKER = "<|assistant|>\n"
+
+
+def test_every_conversation_fits_with_its_marker_and_its_eos_whole(any_tokenizer):
+    """Any order of turns, any text, any length: what the model is taught to answer to is what it will be asked with."""
+    draw, cut = random.Random(3), 0
+    marker = len(F["tokens"](any_tokenizer, MARKER))
+
+    def text():
+        return "".join(draw.choices(SYLLABLES, k=draw.randint(0, 30)))
+    for _ in range(250):
+        roles = draw.choices(("system", "user", "user", "assistant", "assistant", "tool"), k=draw.randint(0, 5))
+        roles += ["assistant", *draw.choice(((), ("user",)))]
+        messages = [{"role": role, "content": text()} for role in roles]
+        longest = draw.randint(2, 96)
+        ids, labels = F["encode"](any_tokenizer, messages, longest)
+        assert 2 <= len(ids) == len(labels) <= longest and ids[-1] == labels[-1] == any_tokenizer.eos_token_id
+        assert labels[0] == -100 and all(label in (-100, token) for token, label in zip(ids, labels))
+        pieces = F["fit"](any_tokenizer, messages, longest)
+        assert [token for _, piece, _ in pieces for token in piece] == ids
+        for prompt, piece, said in pieces:
+            if not said and longest > marker:
+                assert prompt.endswith(MARKER) and F["tokens"](any_tokenizer, prompt) == piece
+                assert any_tokenizer.decode(piece).endswith(MARKER), (prompt, longest)
+            assert "\ufffd" not in prompt, "half a character"
+        cut += len(pieces) == 2 < len(roles)
+    assert cut > 100
+
+
+def test_a_cut_question_loses_only_its_end(any_tokenizer):
+    for words in range(1, 60):
+        for longest in (40, 64, 90):
+            messages = conversation("why? I'm sure " * words + "Why?", "Because of it.")
+            (prompt, ids, _), (answer, said, _) = F["fit"](any_tokenizer, messages, longest)
+            asked = [messages[0], {"role": "user", "content": prompt.partition("<|user|>\n")[2].removesuffix(f"\n{MARKER}")}]
+            assert messages[1]["content"].startswith(asked[1]["content"])
+            if SYSTEM in prompt:
+                assert F["tokens"](any_tokenizer, F["render"](any_tokenizer, asked)) == ids
+            assert len(ids) + len(said) <= longest and prompt.endswith(MARKER) and "Because of it.".startswith(answer)
+
+
+@pytest.mark.parametrize("order", ["a", "aua", "uaa", "uaua", "suasua", "usa", "uuaa", "sa", "ssusa", "auua", "uat", "utaua"])
+def test_every_order_of_turns_is_encoded_in_any_length(tiny, order):
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    messages = [{"role": roles[letter], "content": f"{'0123'[i % 4]} " * 9 if letter != "a" else "abc " * 20}
+                for i, letter in enumerate(order)]
+    for longest in (2, 3, 16, 40, 90, 400):
+        ids, labels = F["encode"](tiny.tokenizer, messages, longest)
+        said = [label for label in labels if label != -100]
+        assert len(ids) <= longest and said[-1] == ids[-1] == tiny.tokenizer.eos_token_id and labels[0] == -100
+        assert not set(tiny.tokenizer.decode(said, skip_special_tokens=True)) - set("abc "), "a prompt is in the loss"
+        if longest >= 16:
+            assert tiny.tokenizer.decode(ids).count("<|assistant|>") == said.count(ids[-1])
+    whole = tiny.tokenizer.apply_chat_template(messages[:order.rindex("a") + 1], tokenize=False)
+    assert tiny.tokenizer.decode(ids) == whole.rstrip("\n")                      # 400 is enough for everything
+    with pytest.raises(ValueError, match="without an answer"):
+        F["encode"](tiny.tokenizer, [message for message in messages if message["role"] != "assistant"], 64)
+
+
+def test_content_may_be_parts_of_text_and_nothing_else(tiny):
+    parts = [{"type": "text", "text": "How are"}, " you", {"type": "text", "text": "?"}]
+    messages = conversation("How are you?", "Fine.")
+    in_parts = [messages[0], {**messages[1], "content": parts}, {**messages[2], "content": [{"type": "text", "text": "Fine."}]}]
+    assert F["encode"](tiny.tokenizer, in_parts, 64) == F["encode"](tiny.tokenizer, messages, 64)
+    assert F["encode"](tiny.tokenizer, in_parts, 30) == F["encode"](tiny.tokenizer, messages, 30)
+    assert F["render"](tiny.tokenizer, [{"role": "assistant", "content": None}]).startswith("<|assistant|>\n</s>")
+    for part in ({"type": "image", "url": "x.png"}, 5, {"type": "text", "text": None}):
+        with pytest.raises(ValueError, match="must be text or a list of text parts"):
+            F["encode"](tiny.tokenizer, conversation([part], "Fine."), 64)
+
+
+def test_bytes_are_those_of_the_text_in_the_loss(any_tokenizer):
+    example = {"prompt": "é " * 20, "answer": "ﬁ é 日本 👩‍👩‍👧 and more of it " * 9}
+    whole, cut = (F["encode_examples"](any_tokenizer, [example], SYSTEM, longest)[0] for longest in (2000, 60))
+    assert whole["bytes"] == len(example["answer"].encode())
+    text = F["fit"](any_tokenizer, conversation(example["prompt"], example["answer"]), 60)[-1][0]
+    assert cut["bytes"] == len(text.encode()) < whole["bytes"]
+    said = any_tokenizer.decode([label for label in cut["labels"] if label != -100], skip_special_tokens=True)
+    assert unicodedata.normalize("NFC", said) == unicodedata.normalize("NFC", text) and "\ufffd" not in text
+
+
+def test_a_prompt_longer_than_the_context_is_cut_and_said_to_be(tiny):
+    model = su.build_model(tiny.recipe.shape, seed=2)              # a context of 64
+    short, long = F["ask"](model, tiny.tokenizer, ["", "why " * 200], "", max_new_tokens=200, do_sample=True, temperature=2)
+    assert not short["cut"] and long["cut"] and 1 <= long["tokens"] <= 16
+    assert F["ask"](model, tiny.tokenizer, [], SYSTEM) == []
+
+
 # --- batches
 
 
@@ -267,6 +387,7 @@ def test_phases_train_only_adapters_and_end_alike_after_a_stop(tiny, encoded, tm
     assert torch.equal(inside.model.embed_tokens.weight, base.model.embed_tokens.weight)                  # frozen
     assert torch.equal(inside.model.layers[0].mlp.up_proj.base_layer.weight, base.model.layers[0].mlp.up_proj.weight)
     assert any("stands in for paged_adamw_32bit" in line for line in said)
+    assert [row["optimizer"] for row in summaries] == ["torch.AdamW"] * 2
     assert [row["steps"] for row in summaries] == [3, 9] and all(row["loss_after"] < row["loss_before"] for row in summaries)
     tensors, state = su.load_checkpoint(tmp_path / "whole" / "phase2")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -331,6 +452,169 @@ def test_rows_come_from_the_hub_once_and_at_one_commit(tmp_path, monkeypatch):
     assert [e["refuses"] for e in examples] == [True, False] * 3
     assert all((e["answer"] in F["SHORT_REFUSALS"]) == e["refuses"] for e in examples)
     assert {F["label_answer"](e["prompt"], "harmful", e["answer"]) for e in examples if e["refuses"]} == {"refusal"}
+
+
+ODD = {"falsereject": [{"prompt": "p1", "instruct_response": ["a"]}, {"prompt": {"text": "p"}, "instruct_response": "a"}],
+       "beavertails": [{"prompt": "b", "response": "a", "is_safe": "false"}, {"prompt": "b", "response": "a"},
+                       {"prompt": 1.5, "response": "a", "is_safe": False}, {"prompt": "b", "response": "a", "is_safe": [None]}],
+       "dolly": [{"instruction": 5, "context": "", "response": "a"}, {"instruction": "i", "context": ["c"], "response": "a"},
+                 {"instruction": "i", "context": "half \ud83d", "response": "a"}, {"instruction": None, "response": "a"},
+                 {"instruction": "i", "context": [None], "response": "a"}, {"instruction": "i", "response": {"x": None}}],
+       "seed_safety": [{"prompt": "p", "response": "\udc00"}, {"prompt": True, "response": "a"}],
+       "concise_qa": [{"prompt": "p", "response": 7}, {}]}
+GOOD = {"falsereject": {"prompt": "fine\u2028row", "instruct_response": "yes"},
+        "beavertails": {"prompt": "fine row", "response": "no", "is_safe": True},
+        "dolly": {"instruction": "fine", "context": None, "response": "yes"},
+        "seed_safety": {"prompt": "fine row", "response": "no", "kind": ["crisis"]},
+        "concise_qa": {"prompt": "fine row", "response": "yes", "more": {"deep": [None, {}]}}}
+
+
+@pytest.mark.parametrize("source", ODD)
+def test_an_odd_row_is_counted_and_skipped_and_costs_no_other(tmp_path, source):
+    """In a file as other tools write it: a byte order mark, U+2028 in a text, a broken line, values of any kind."""
+    from collections import Counter
+    odd = [*ODD[source], None, 5, "text", [GOOD[source]]]
+    lines = [json.dumps(row, ensure_ascii=False) for row in [GOOD[source], *odd, GOOD[source]]]
+    path = tmp_path / f"{source}.jsonl"
+    text = "\ufeff" + "\r\n".join([*lines[:3], '{"prompt": "cut', *lines[3:]]) + "\n"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    skipped = Counter()
+    found = F["examples_of"](source, F["read_rows"](su.Source(source, str(path), text_field=None)), skipped)
+    assert len(found) == 1 and skipped == {"not usable": len(odd) + 1, "prompt seen before": 1}
+    assert found[0]["prompt"].startswith("fine")
+    skipped.clear()
+    assert len(F["examples_of"](source, [GOOD[source], *odd], skipped)) == 1 and skipped == {"not usable": len(odd)}
+
+
+def hub_file(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_one_odd_row_does_not_lose_a_source_after_its_download(tmp_path, monkeypatch, kind):
+    good = [{"instruction": f"q {i}", "context": "", "response": "a"} for i in range(5)]
+    if kind == "jsonl":
+        data = "".join(json.dumps(row) + "\n" for row in [*good[:2], *ODD["dolly"], *good[2:]]).encode()
+        odd = len(ODD["dolly"])
+    else:                                              # a column of dates where texts were expected
+        import datetime
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        context = [None] * 5 + [datetime.datetime(2026, 1, 1)]
+        rows, buffer, odd = [*good, good[0]], io.BytesIO(), 1
+        pq.write_table(pa.table({"instruction": [f"q {i}" for i in range(6)], "context": pa.array(context, pa.timestamp("us")),
+                                 "response": ["a"] * len(rows)}), buffer)
+        data = buffer.getvalue()
+    with HubServer() as hub:
+        hub_file(hub, monkeypatch)
+        hub.commit("owner/dolly", {f"data/train.{kind}": data})
+        rows, _ = F["read_hub"](su.Source("dolly", "hf:owner/dolly", text_field=None), tmp_path)
+    from collections import Counter
+    skipped = Counter()
+    assert len(F["examples_of"]("dolly", rows, skipped)) == 5 and skipped == {"not usable": odd}
+
+
+def test_nothing_is_kept_of_a_source_that_is_refused_and_a_mended_one_is_read(tmp_path, monkeypatch):
+    source = su.Source("dolly", "hf:owner/dolly", text_field=None)
+    with HubServer() as hub:
+        hub_file(hub, monkeypatch)
+        hub.commit("owner/dolly", {"train.jsonl": b'{"question": "q", "answer": "a"}\n' * 3})
+        with pytest.raises(su.ParameterError, match="dolly: none of the 3 rows of hf:owner/dolly at revision .* has a prompt"):
+            F["read_hub"](source, tmp_path)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        mended = hub.commit("owner/dolly", {"train.jsonl": b'{"instruction": "q", "response": "a"}\n'})
+        rows, revision = F["read_hub"](source, tmp_path)
+    assert revision == mended and len(F["examples_of"]("dolly", rows)) == 1
+
+
+def test_a_mix_is_as_large_as_its_sources_allow_or_refused():
+    few = {name: [{"prompt": f"{name} {i}"} for i in range(40)] for name in F["MIX"]}
+    total = F["largest_mix"](few)
+    train, held = F["mix"](few, total, held_out=0.01)
+    assert total == len(train) + len(held) >= 90 and len(held) == 4            # every source is measured
+    assert len(F["mix"](few, 8)[0]) == 4
+    with pytest.raises(su.ParameterError, match="source dolly has 0 usable examples"):
+        F["largest_mix"]({**few, "dolly": []})
+
+
+def test_lines_are_cut_at_line_feeds_only(tmp_path):
+    (tmp_path / "x.jsonl").write_text('\ufeff{"a": "one\u2028two\x85three"}\n\n{"a": 2}', encoding="utf-8")
+    assert F["read_lines"](tmp_path / "x.jsonl") == [{"a": "one\u2028two\x85three"}, {"a": 2}]
+
+
+# --- what the image has
+
+
+def test_an_old_torchao_does_not_stop_peft(tiny, tmp_path):
+    """Kaggle's image has 0.10, which peft refuses by raising: it stays installed and is not seen."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("")
+    (tmp_path / "torchao-0.10.0+git1.dist-info").mkdir()
+    (tmp_path / "torchao-0.10.0+git1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0+git1\n")
+    code = ("from notebook_functions import load_functions\nimport dataclasses, importlib.util\nimport stentor_utils as su\n"
+            "F = load_functions('04_instruct_sft')\nF['dataclasses'] = dataclasses\n"
+            "base = su.build_model(su.Shape(128, 32, 64, 1, 2, 2, 64))\n"
+            "print(F['lora_model'](base, 0).get_nb_trainable_parameters()[0], importlib.util.find_spec('torchao'))")
+    path = os.pathsep.join([str(tmp_path), str(REPO / "tests"), str(REPO)])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.split() == [str(32 * (4 * 2 * 32 + 3 * (32 + 64))), "None"], done.stderr[-2000:]
+
+
+def test_a_missing_package_is_fetched_on_kaggle_alone_and_without_what_it_depends_on(tmp_path, monkeypatch):
+    import zipfile
+    wheel = "stentor_test_package-1.0"
+    with zipfile.ZipFile(tmp_path / f"{wheel}-py3-none-any.whl", "w") as file:
+        file.writestr("stentor_test_package.py", "")
+        file.writestr(f"{wheel}.dist-info/METADATA", "Metadata-Version: 2.1\nName: stentor-test-package\nVersion: 1.0\n"
+                                                     "Requires-Dist: torch==0.0.1\n")
+        file.writestr(f"{wheel}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{wheel}.dist-info/RECORD", "")
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_TARGET": str(site)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    assert F["bring"]("torch") and not F["bring"]("stentor_test_package") and not list(site.iterdir())
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert F["bring"]("stentor_test_package")
+    assert sorted(path.name for path in site.iterdir() if path.suffix != ".dist-info" and "cache" not in path.name) == [
+        "stentor_test_package.py"]
+    assert not F["bring"]("stentor_test_package_that_is_nowhere")
+
+
+def test_without_bitsandbytes_adamw_stands_in_and_says_so(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)         # as where it is not installed
+    model, said = su.build_model(tiny.recipe.shape), []
+    groups = su.parameter_groups(model, 0.1)
+    optimizer = su.make_optimizer(PUBLISHED, groups, torch.device("cuda"), said.append)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["eps"] == PUBLISHED.adam_epsilon
+    assert len(said) == 1 and "stands in for paged_adamw_32bit; bitsandbytes cannot be used here" in said[0]
+
+
+def test_a_state_of_bitsandbytes_goes_on_in_adamw_and_back(tiny):
+    """Its state1 and state2 are Adam's two moments; a session may lack what another had."""
+    model = su.build_model(tiny.recipe.shape)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    adamw = torch.optim.AdamW(model.parameters())
+    model(**{key: torch.arange(8)[None] for key in ("input_ids", "labels")}).loss.backward()
+    adamw.step()
+    tensors = su.checkpoint_tensors(model, adamw, names)
+    renamed = {key.replace("exp_avg_sq", "state2").replace("exp_avg", "state1"): v for key, v in tensors["optimizer"].items()}
+    again = torch.optim.AdamW(model.parameters())
+    su.restore(model, again, names, {**tensors, "optimizer": renamed})
+    for parameter, state in adamw.state.items():
+        assert state.keys() == again.state[parameter].keys()
+        assert all(torch.equal(value, again.state[parameter][key]) for key, value in state.items())
+    other = torch.optim.SGD(model.parameters())        # any that is not torch's AdamW gets bitsandbytes' names
+    su.restore(model, other, names, tensors)
+    assert all(set(state) == {"step", "state1", "state2"} and state["step"] == 1 for state in other.state.values())
 
 
 # --- the probe
