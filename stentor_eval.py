@@ -584,13 +584,14 @@ def json_rows(text: str, lines_only: bool) -> list[tuple[int | None, object]]:
         if isinstance(whole, list):
             return [(None, row) for row in whole]
     rows = []
-    for line, part in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+    for line, part in enumerate(io.StringIO(text, newline=None), 1):
         if not part.strip():
             continue
         try:
             rows.append((line, json.loads(part)))
         except (ValueError, RecursionError) as error:
-            raise RowError(f"line {line}, row {len(rows)}: {shortened(part)} is not JSON: {error}.") from None
+            what = f"{error.msg} at its character {error.pos + 1}" if hasattr(error, "msg") else error
+            raise RowError(f"line {line}, row {len(rows)}: {shortened(part)} is not JSON: {what}.") from None
     return rows
 
 
@@ -643,6 +644,8 @@ def choices_of(row: dict) -> tuple[list[str], list[str]]:
     elif column is None:                              # MMLU's tables: a column a choice
         column = "A, B, C, ..."
         found = [row[name] for name in string.ascii_uppercase if name in row and row[name] not in (None, "")]
+    if found == []:
+        raise RowError("there are no choices; name their column choices or endings.")
     if not isinstance(found, list):
         raise RowError(f"{column} = {shortened(row.get(column))} is no list of choices.")
     return [text_of(choice, f"a choice of {column}") for choice in found], [str(name).strip() for name in names]
@@ -862,26 +865,29 @@ def task_files(place) -> list[Path]:
             if path.suffix.lower() in TASK_FILES and path.is_file() and not path.name.startswith(".")]
 
 
-def local_problems(place) -> list[str]:
-    """What is wrong with a folder of task files, or one file, in sentences; a folder of YAML is lm-eval's own to judge."""
-    place = Path(place)
-    if list(place.glob("*.yaml")):
-        return []
-    if not task_files(place):
-        return [f"{str(place)!r} is not a folder with {', '.join(TASK_FILES)} or .yaml task files, nor one such file."]
-    problems = []
+def read_local(place) -> tuple[list[tuple[Path, dict, list]], list[str]]:
+    """([(file, lm-eval's configuration, docs)], [what is wrong, a sentence a file]) of a folder of task files, or one file."""
+    place, found, problems = Path(place), [], []
     for path in task_files(place):
         try:
-            task_config(read_rows(path), path)
+            found.append((path, *task_config(read_rows(path), path)))
         except su.ParameterError as error:
             problems += error.problems
-    return problems
+    if not (found or problems):
+        problems = [f"{str(place)!r} is not a folder with {', '.join(TASK_FILES)} or .yaml task files, nor one such file."]
+    return found, problems
+
+
+def local_problems(place) -> list[str]:
+    """What is wrong with a folder of task files, or one file, in sentences; a folder of YAML is lm-eval's own to judge."""
+    return [] if list(Path(place).glob("*.yaml")) else read_local(place)[1]
 
 
 def local_tasks(place, name: str | None = None) -> list:
     """lm-eval tasks from a folder: its own YAML files if it has any, else every task file, called <name>/<file>.
 
-    place: the folder, or one task file. name: by default the folder's. Raises ParameterError with every file's first fault.
+    name: by default the folder's. place may be one task file: called `name`, or by default <its folder>/<file>.
+    Raises ParameterError with every file's first fault.
     """
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -890,16 +896,16 @@ def local_tasks(place, name: str | None = None) -> list:
         from lm_eval.tasks import TaskManager
         manager = TaskManager(include_path=str(place), include_defaults=False)
         return list(manager.load(manager.all_subtasks)["tasks"].values())
-    if problems := local_problems(place):
+    found, problems = read_local(place)
+    if problems:
         raise su.ParameterError(problems)
-    paths, tasks = task_files(place), []
-    stems = [path.stem for path in paths]
-    for path in paths:
-        config, docs = task_config(read_rows(path), path)
+    stems, tasks = [path.stem for path, _, _ in found], []
+    for path, config, docs in found:
         data = Dataset.from_list(docs)
-        own = path.stem if stems.count(path.stem) == 1 else path.name
+        own = path.stem if stems.count(path.stem) == 1 else path.name       # x.csv beside x.jsonl
+        called = name if name and place.is_file() else f"{name or path.absolute().parent.name}/{own}"
         tasks.append(ConfigurableTask(config={
-            "task": f"{name or path.parent.name}/{own}", "custom_dataset": lambda data=data, **_: {"test": data},
+            "task": called, "custom_dataset": lambda data=data, **_: {"test": data},
             "test_split": "test", "num_fewshot": 0, **config}))
     return tasks
 
@@ -908,8 +914,21 @@ def local_tasks(place, name: str | None = None) -> list:
 # Tasks: lm-eval's by name, and files of your own.
 
 
+def local_blocks(places) -> dict[str, dict]:
+    """{block name: block for `run`} of folders and task files, named by as much of each path's end as tells them apart."""
+    paths, blocks = list(dict.fromkeys(Path(place).resolve() for place in places)), {}
+    for path in paths:
+        length = next(n for n in range(1, len(path.parts) + 1)
+                      if sum(path.parts[-n:] == other.parts[-n:] for other in paths) == 1)
+        name = "/".join(path.parts[-length:])
+        key = "local_" + name.replace("/", "_")
+        key += "_" * (key in blocks)
+        blocks[key] = {"title": f"local: {name}", "local": str(path), "name": name}
+    return blocks
+
+
 def load_tasks(block: dict, seed: int) -> dict:
-    """{"tasks": {name: Task}, "groups": ...} of a block: {"local": folder or file, "name": what to call it} or
+    """{"tasks": {name: Task}, "groups": ...} of a block: {"local": folder or file, "name"} or
     {"tasks": [names], "num_fewshot": n}."""
     if "local" in block:
         loaded = {"tasks": {task.config.task: task for task in local_tasks(block["local"], block.get("name"))},
@@ -1354,7 +1373,10 @@ def run(config: dict, folder: Path, say=print) -> dict:
 
 
 class EvaluationFailed(RuntimeError):
-    """The evaluating process ended with an error; the message is its last lines."""
+    """The evaluating process ended with an error, its last lines the message; or nothing could be scored."""
+
+    def _render_traceback_(self):          # IPython calls this: a reader needs the sentence, not the stack
+        return [str(self)]
 
 
 def launch(config: dict, folder, *, num_processes: int | None = None, say=None) -> dict:
