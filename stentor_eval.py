@@ -506,6 +506,8 @@ def model_fingerprint(model, tokenizer) -> str:
 # Task files: their rows, read as they are published, in the one form that a task is made of.
 
 TASK_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".arrow", ".feather", ".xlsx")
+PASSAGES = ("context", "passage", "article")
 QUESTIONS = ("query", "question", "question_stem", "ctx", "context", "prompt", "goal")
 LABELS = ("label", "gold", "answer", "answerKey")
 
@@ -627,13 +629,13 @@ def question_of(row: dict) -> str:
     name = next((name for name in QUESTIONS if name in row), None)
     if name is None:
         raise RowError(f"there is no question; name its column {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}.")
-    passage = [text_of(row["context"], "context")] if name == "question" and row.get("context") else []
-    return "\n".join([*passage, text_of(row[name], name)])
+    passage = next((column for column in PASSAGES if name == "question" and row.get(column)), None)
+    return "\n".join(text_of(row[column], column) for column in (passage, name) if column)
 
 
 def choices_of(row: dict) -> tuple[list[str], list[str]]:
     """(texts of the choices, the names that a label may call them by: [] where the file gives none)."""
-    column = next((name for name in ("choices", "endings") if name in row), None)
+    column = next((name for name in ("choices", "endings", "options") if name in row), None)
     found, names = (structure(row[column]), []) if column else (None, [])
     if isinstance(found, dict):                       # ARC on the hub: {"text": [...], "label": [...]}
         found, names = found.get("text"), found.get("label") or []
@@ -813,7 +815,7 @@ KINDS = {
                       {**CHOICE, "doc_to_text": "", "target_delimiter": "", "metric_list": ACCURACY[:1]}),
     "blanks": (({"sentence", "option1", "option2"},), blank_docs,
                {**CHOICE, "doc_to_text": "gold", "doc_to_target": "continuation", "metric_list": ACCURACY[:1]}),
-    "choice": (({"choices"}, {"endings"}, {"sol1", "sol2"}, {"A", "B"}), choice_docs, CHOICE),
+    "choice": (({"choices"}, {"endings"}, {"options"}, {"sol1", "sol2"}, {"A", "B"}), choice_docs, CHOICE),
     "sums": (({"question", "answer"},), sum_docs,
              {"output_type": "generate_until", "doc_to_text": "query", "doc_to_target": "answer", "filter_list": NUMBERS,
               "metric_list": [EXACT], "generation_kwargs": {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False}}),
@@ -827,10 +829,11 @@ def task_config(rows: list[Row], path: Path) -> tuple[dict, list[dict]]:
 
     sentence_good, sentence_bad              minimal pairs (BLiMP): the likelier sentence, each behind EOS
     sentence, option1, option2, answer       Winogrande: what follows the blank, behind either option; answer 1 or 2
-    choices | endings | sol1, sol2 | A, B, ...   multiple choice, after query | question | question_stem | ctx | context |
-                                             prompt | goal as it stands; label | gold | answer | answerKey an index, a letter,
-                                             one of the file's own names or the choice itself. choices may be a list or
-                                             ARC's {"text", "label"}
+    choices | endings | options | sol1, sol2 | A, B, ...
+                                             multiple choice, after query | question | question_stem | ctx | context |
+                                             prompt | goal as it stands, question behind context | passage | article;
+                                             label | gold | answer | answerKey an index, a letter, one of the file's own
+                                             names or the choice itself. choices may be a list or ARC's {"text", "label"}
     question, answer                         GSM8K: generated, compared by lm-eval's two filters
     text                                     perplexity and bits per byte
 
@@ -873,6 +876,8 @@ def read_local(place) -> tuple[list[tuple[Path, dict, list]], list[str]]:
             found.append((path, *task_config(read_rows(path), path)))
         except su.ParameterError as error:
             problems += error.problems
+    packed = [path for path in place.glob("*") if path.suffix.lower() in PACKED and not path.name.startswith(".")]
+    problems += [f"{path} cannot be read as it is; unpack or convert it to {', '.join(TASK_FILES)}." for path in sorted(packed)]
     if not (found or problems):
         problems = [f"{str(place)!r} is not a folder with {', '.join(TASK_FILES)} or .yaml task files, nor one such file."]
     return found, problems
@@ -980,7 +985,8 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
             digest.update(json.dumps([instance.request_type, instance.doc_id, instance.args, instance.doc],
                                      default=str).encode("utf-8", "surrogatepass"))
         if texts is not None:
-            texts[name] = item_texts(task)
+            items = item_texts(task)                  # two blocks may have a task of one name
+            texts[name if texts.get(name, items) == items else f"{name} [{block.get('title')}]"] = items
     key = digest.hexdigest()
     if finished := done(key):
         return finished
@@ -1349,7 +1355,7 @@ def run(config: dict, folder: Path, say=print) -> dict:
             except (KeyboardInterrupt, SystemExit):
                 raise
             except Exception as error:                # one block's failure must not cost the others
-                if world_size > 1:
+                if world_size > 1 and not isinstance(error, su.ParameterError):       # that all processes found alike
                     raise                             # the other processes wait in this block: start all again
                 entry["blocks"][block_name] = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
                 say(f"{name} | {block['title']} | failed: {type(error).__name__}: {error}")
