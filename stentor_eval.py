@@ -1107,12 +1107,14 @@ SHORT = 5         # items of fewer than 13 words are looked for whole, down to t
 
 # What stands before a question or an answer in prompts and in dumps of data sets: no word of the item.
 HEADERS = re.compile(r"\b(?:question|answer|q|a)\W{0,3}:")
+# Signs inside a word or a number, which some leave out: don't and dont, well-known, 1,000.
+INSIDE = re.compile(r"(?<=\w)['\u2019\u2010\u2011-](?=\w)|(?<=\d)[.,](?=\d)")
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words without punctuation or "Question:" and "Answer:"; \x00, the end of a document, is one of its own."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    return re.findall(r"\w+|\x00", HEADERS.sub(" ", text) if ":" in text else text)
+    """Words without case, punctuation, "Question:" and "Answer:"; \x00, the end of a document, is one of its own."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return re.findall(r"\w+|\x00", INSIDE.sub("", HEADERS.sub(" ", text) if ":" in text else text))
 
 
 def ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:
@@ -1220,7 +1222,7 @@ def task_hashes(task: list[list[np.ndarray]]) -> list[tuple[int, dict[int, set]]
 def item_texts(task) -> list[list[str]]:
     """The forms of each item, without few-shot examples or the task's description. The first is its own question with its
     right answer; the others: each question column with the answer as it is written or scored, the prompt with the answer,
-    and each question alone."""
+    the question with all choices, and each question alone."""
     docs = {instance.doc_id: instance.doc for instance in task.instances}
     return [item_forms(task, doc) for doc in docs.values()]
 
@@ -1228,7 +1230,7 @@ def item_texts(task) -> list[list[str]]:
 def item_forms(task, doc: dict) -> list[str]:
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return [str(task.doc_to_target(doc))]
-    answers, prompt, target = [], task.doc_to_text(doc), task.doc_to_target(doc)
+    answers, exams, prompt, target = [], [], task.doc_to_text(doc), task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(doc)
         right = [choices[gold] for gold in golds_of(task, doc) if gold is not None]
@@ -1239,13 +1241,16 @@ def item_forms(task, doc: dict) -> list[str]:
     with contextlib.suppress(RowError, TypeError, AttributeError):      # its own words, where the prompt has a letter
         row, = choice_docs([Row(doc)])
         answers.append(row["choices"][row["gold"]])
+        for form in ("{1}", "{0} {1}"):               # as exams print it, each choice behind its letter or not
+            exams.append(" ".join([row["query"], *map(form.format, string.ascii_uppercase, row["choices"])]))
     answers.append(str(target[0] if isinstance(target, list) and target else target))
     questions = [text for text in (doc.get(name) for name in QUESTIONS) if isinstance(text, str) and text.strip()]
     with contextlib.suppress(RowError):
         questions.insert(0, question_of(doc))
     questions = list(dict.fromkeys(questions or [str(prompt)]))
     pairs = [f"{question} {answer}" for question in questions for answer in answers]
-    return [*dict.fromkeys([*pairs, f"{prompt} {answers[-1]}", *questions, *filter(None, [doc.get("sentence")])])]
+    others = [f"{prompt} {answers[-1]}", *exams, *questions, *filter(None, [doc.get("sentence")])]
+    return list(dict.fromkeys([*pairs, *others]))
 
 
 def model_problem(path: str) -> str | None:

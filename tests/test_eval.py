@@ -680,7 +680,8 @@ def test_items_from_the_training_text_are_found_and_others_not(tiny):
 
 
 FORMS = {"as it is": "{q} {a}", "shouted": "{q} {a}", "header": "Question: {q}\nAnswer: {a}",
-         "bold header": "**Q:** {q}\n\n**A:** {a}", "line breaks": "{q}\n\n{a}", "punctuation": "({q})... \u201c{a}\u201d!"}
+         "bold header": "**Q:** {q}\n\n**A:** {a}", "exam": "{q}\n(A) {w}\n(B) {a}\nAnswer: B", "line breaks": "{q}\n\n{a}",
+         "punctuation": "({q})... \u201c{a}\u201d!"}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -700,7 +701,7 @@ def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
     folder = tmp_path / "t"
     for name, rows in {
             "choice": [{"question": q, "choices": [w, a], "label": 1} for q, a, w in kinds["choice"]],
-            "endings": [{"ctx": q, "endings": [a, w], "label": "0"} for q, a, w in kinds["endings"]],
+            "endings": [{"ctx": q, "endings": [w, a], "label": "1"} for q, a, w in kinds["endings"]],
             "sums": [{"question": q, "answer": f"{a} #### 7"} for q, a, w in kinds["sums"]],
             "blank": [{"sentence": f"{q} _ {a}", "option1": "xan", "option2": w, "answer": "1"} for q, a, w in kinds["blank"]],
             "pairs": [{"sentence_good": f"{q} {a}", "sentence_bad": w} for q, a, w in kinds["pairs"]],
@@ -711,10 +712,11 @@ def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
                                                        "#### 7" for key, value in rows[0].items()}])
     planted = []
     for name, rows in kinds.items():
-        for q, a, _ in rows:
+        for q, a, w in rows:
             whole = name in ("blank", "pairs", "text")            # no question and answer apart
             text = f"{q} xan {a}" if name == "blank" else f"{q} {a}" if whole else (
-                FORMS[form].format(q=q, a=f"{a} #### 7" if name == "sums" else a))
+                FORMS["as it is" if (form, name) == ("exam", "sums") else form].format(
+                    q=q, a=f"{a} #### 7" if name == "sums" else a, w=w))
             planted.append({"text": f"{words(9)}. {text.upper() if form == 'shouted' else text} {words(9)}"})
     held_out = [{"text": words(30)} for _ in range(4)]
     write_jsonl(tmp_path / "planted.jsonl", held_out + planted)
@@ -733,6 +735,14 @@ def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
     fresh = {name: [[f"{words(8)} {words(8)}", words(8)], [words(7)]] for name in found}
     assert not any(row["contaminated"] or row["short_found"]
                    for row in se.contamination(fresh, store, tiny.tokenizer).values())
+
+
+def test_words_are_what_is_left_without_case_and_signs():
+    assert se.words_of("**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4") == [
+        "dont", "pay", "100050", "for", "a", "wellknown", "strasse", "3", "4"]
+    text = "Janet's 16 eggs (3.5 a day), a half-price STRASSE"
+    assert se.words_of(re.sub(r"[^\w\s]", "", text).lower()) == se.words_of(text)
+    assert se.words_of("one\n\x00\ntwo") == ["one", "\x00", "two"]
 
 
 def test_words_that_items_share_are_evidence_of_none(tiny):
