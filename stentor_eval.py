@@ -1262,22 +1262,18 @@ def model_problem(path: str) -> str | None:
         return "is not a model folder (no config.json); run 02 first, or name a folder or a hub id"
 
 
-def load_tokenizer(path: str):
-    """The tokenizer of a model folder or a hub id; one of ours has its vocabulary file there. Never code from there."""
-    name = str(path).removeprefix("hf:")
-    if Path(name).is_dir():
-        return su.load_tokenizer(name)
-    from huggingface_hub import snapshot_download
-    files = Path(snapshot_download(name, allow_patterns=["tokenmonster.vocab", "*token*.json", "config.json"]))
-    return su.load_tokenizer(files if (files / "tokenmonster.vocab").is_file() else name)
-
-
 def load_model(path: str, dtype: str, device: torch.device):
     """(model in eval mode, tokenizer) from a folder or a hub id; never code from there, but for our own tokenizer."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
-    name, tokenizer = str(path).removeprefix("hf:"), load_tokenizer(path)
+    name = str(path).removeprefix("hf:")
+    if Path(name).is_dir():
+        tokenizer = su.load_tokenizer(name)
+    else:                                             # a hub id; one of ours has its vocabulary file there
+        from huggingface_hub import snapshot_download
+        files = Path(snapshot_download(name, allow_patterns=["tokenmonster.vocab", "*token*.json", "config.json"]))
+        tokenizer = su.load_tokenizer(files if (files / "tokenmonster.vocab").is_file() else name)
     # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads those with weights_only=True.
     load = su.load_model if Path(name).is_dir() else AutoModelForCausalLM.from_pretrained
     model = load(name, dtype=getattr(torch, dtype)).to(device).eval()
@@ -1296,7 +1292,7 @@ def contamination_report(store: dict, texts: dict, folder: Path, say) -> None:
         if json.loads(target.read_text())["key"] == key:
             return
     began = time.monotonic()
-    tasks = contamination(texts, store_dir, load_tokenizer(store["tokenizer"]))
+    tasks = contamination(texts, store_dir, su.load_tokenizer(store["tokenizer"]))
     su.write_atomically(target, json.dumps({"key": key, "ngram": NGRAM, "tasks": tasks}, indent=1))
     say(f"contamination | {sum(map(len, texts.values())):,} items against the token store in "
         f"{su.duration(time.monotonic() - began)}")
@@ -1388,10 +1384,7 @@ def run(config: dict, folder: Path, say=print) -> dict:
 
 
 class EvaluationFailed(RuntimeError):
-    """The evaluating process ended with an error, its last lines the message; or nothing could be scored."""
-
-    def _render_traceback_(self):          # IPython calls this: a reader needs the sentence, not the stack
-        return [str(self)]
+    """The evaluating process ended with an error; the message is its last lines."""
 
 
 def launch(config: dict, folder, *, num_processes: int | None = None, say=None) -> dict:
