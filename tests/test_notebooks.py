@@ -184,6 +184,8 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
 @pytest.mark.parametrize("notebook, given, expected", [
     ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
      ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
+    ("05_benchmark", ["LOCAL_TASKS=['{folder}/tasks.jsonl', None]", "PEERS={'untrained': ''}", "MODEL=/no/such/model"],
+     ["tasks.jsonl, line 2, row 1: answer = ''", "LOCAL_TASKS: None is no path", "PEERS['untrained'] = ''", "its name is taken"]),
     ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
     ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
     ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
@@ -191,11 +193,8 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
     ("02_pretrain_t4", ["OUTPUTS=/proc/nowhere"], ["OUTPUTS = '/proc/nowhere' is not a folder that can be written to"]),
     ("01_tokenizer", ["VOCABULARY={folder}/cut.vocab"], ["cut.vocab"]),
     ("01_tokenizer", ["VOCABULARY={folder}/other.vocab"], ["other.vocab"]),
-    ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder', '{folder}/tasks.jsonl', None]", "MODEL=/no/such/model",
-                      "PEERS={'untrained': ''}"],
-     ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model",
-      "tasks.jsonl, line 2, row 1: answer = ''", "LOCAL_TASKS: None is no path", "PEERS['untrained'] = ''",
-      "its name is taken"]),
+    ("05_benchmark", ["BLOCKS=['arcs']", "LOCAL_TASKS=['nosuchfolder']", "MODEL=/no/such/model"],
+     ["BLOCKS: 'arcs' is none of", "LOCAL_TASKS: 'nosuchfolder' is not a folder", "MODEL = '/no/such/model' is not a model"]),
     ("06_charts", ["RUN=nosuchrun"], ["nosuchrun"]),
     ("06_charts", ["PUBLISH_TO=somewhere"], ["PUBLISH_TO = 'somewhere' must be None"]),
 ])
