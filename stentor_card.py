@@ -276,9 +276,12 @@ def benchmarks(facts: Facts) -> str:
                                       f"sum of tasks.*.{key}", place) for key in ("contaminated", "items_checked"))
         short, whole = (facts.derive(lambda rows, key=key: sum(row[key] for row in rows.values()), ",",
                                      f"sum of tasks.*.{key}", place) for key in ("short_checked", "short_found"))
+        rest = facts.derive(
+            lambda rows: sum(row["items"] - row["items_checked"] - row["short_checked"] for row in rows.values()), ",",
+            "sum of tasks.*.items less items_checked and short_checked", place)
         words = facts.show(place[0], "ngram")
         lines += ["", f"Contamination: of {checked} items of {words} words or more, {hits} share {words} words in a row with "
-                  f"the training text; of {short} shorter ones, {whole} stand in it whole."]
+                  f"the training text; of {short} shorter ones, {whole} stand in it whole; {rest} are too short to be checked."]
     else:
         lines += ["", f"Contamination of the training text by benchmark items: {NOT_MEASURED}."]
     return "\n".join([*lines, "", *pictures(facts, "benchmark", "blimp")])

@@ -5,10 +5,14 @@ Also a command:  python -m stentor_eval outputs/demo/benchmark/benchmark.json   
 """
 from __future__ import annotations
 
+import ast
+import codecs
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -17,6 +21,7 @@ import random
 import re
 import signal
 import sqlite3
+import string
 import subprocess
 import sys
 import time
@@ -35,8 +40,9 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)      # it warns once a task
 
 import torch                                          # noqa: E402
 from lm_eval.models.huggingface import HFLM           # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
-PROTOCOL = 2  # raised whenever scores may change: it is part of every cache key
+PROTOCOL = 3  # raised whenever scores may change: it is part of every cache key
 SEED = 42     # of the cards' script
 
 # The blocks of the Stentor3 card's script, and BLiMP: name -> (title, lm-eval tasks, number of few-shot examples).
@@ -231,6 +237,13 @@ class StentorLM(HFLM):
             return [ids[a:b] for a, b in zip(offsets, offsets[1:])]
         return [self.tok_encode(text) for text in texts]
 
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        """(ids, attention mask) int64 of rows padded on the left; an empty text is the prefix token."""
+        rows = [torch.tensor(ids[-(left_truncate_len or 0):] or [self.prefix_token_id]) for ids in self.encode(strings)]
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id, padding_side="left")
+        return ids, pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+
     def tok_encode(self, string, *args, **kwargs):
         return self.encode([string])[0] if self.ours else super().tok_encode(string, *args, **kwargs)
 
@@ -240,6 +253,7 @@ class StentorLM(HFLM):
         return request.whole[:request.start], request.whole[request.start:]
 
     def requests_of(self, pairs: list[tuple[str, str]]) -> list[Request]:
+        pairs = [(context or "", continuation or "") for context, continuation in pairs]
         contexts = {context: context.rstrip() for context, _ in pairs}
         texts = list(dict.fromkeys([*contexts.values(), *(context + continuation for context, continuation in pairs)]))
         tokens = dict(zip(texts, self.encode(texts)))
@@ -254,7 +268,8 @@ class StentorLM(HFLM):
                 else:
                     before = prefix
                 start = 1
-            requests.append(Request(self.key("loglikelihood", context, continuation), whole, before, start))
+            # by its tokens: two texts of the same tokens are one request, and tie to the last bit
+            requests.append(Request(self.key("loglikelihood", whole, before, start), whole, before, start))
         return requests
 
     def key(self, *parts) -> bytes:
@@ -351,7 +366,7 @@ class StentorLM(HFLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         """Log-likelihood in nats of each whole text behind the prefix token, in windows of max_length."""
-        texts = [request.args[0] for request in requests]
+        texts = [request.args[0] or "" for request in requests]
         prefix = [self.prefix_token_id]
         ours = [Request(self.key("rolling", text), prefix + tokens, prefix, 1)
                 for text, tokens in zip(texts, self.encode(texts))]
@@ -428,7 +443,12 @@ class StentorLM(HFLM):
         return self._in_memory(function, batch[:half]) + self._in_memory(function, batch[half:])
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """lm-eval's own generation, in batches of like length, each cached when it is done."""
+        """lm-eval's own generation, in batches of like length, each cached when it is done.
+
+        An empty context goes on from the prefix token. However many tokens a task asks for, half the context is the prompt's.
+        """
+        requests = [self._generation(request) for request in requests]
+        self._count_generations(requests)
         keys = [self.key("generate", request.args[0], request.args[1]) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].args[0]), i))
         size = max(1, min(64, self.tokens_per_batch // self.max_length))
@@ -451,6 +471,23 @@ class StentorLM(HFLM):
         return [answers[key][0] for key in keys]
 
 
+    def _generation(self, request):
+        """The request with a text as its context, stop texts that are not empty, and room left for the prompt."""
+        context, asked = request.args
+        wanted = normalize_gen_kwargs(asked, self.max_gen_toks)
+        wanted["max_gen_toks"] = max(1, min(wanted["max_gen_toks"], self.max_length // 2))
+        wanted["until"] = [text for text in wanted.get("until") or [] if text]      # an empty one would stop at once
+        return dataclasses.replace(request, arguments=(context or "", wanted))
+
+    def _count_generations(self, requests) -> None:
+        tasks = {}
+        for request, tokens in zip(requests, self.encode([request.args[0] for request in requests])):
+            count = tasks.setdefault(request.task_name, {"requests": 0, "truncated": 0})
+            count["requests"] += 1
+            count["truncated"] += int(len(tokens) > self.max_length - request.args[1]["max_gen_toks"])
+        self.counts.update(tasks)
+
+
 def model_fingerprint(model, tokenizer) -> str:
     """A hash of the weights as they are (so also of their dtype), what the config computes with, and the tokenizer."""
     digest = hashlib.sha256()
@@ -466,88 +503,441 @@ def model_fingerprint(model, tokenizer) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks: lm-eval's by name, and files of your own.
+# Task files: their rows, read as they are published, in the one form that a task is made of.
+
+TASK_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".arrow", ".feather", ".xlsx")
+PASSAGES = ("context", "passage", "article")
+QUESTIONS = ("query", "question", "question_stem", "ctx", "context", "prompt", "goal")
+LABELS = ("label", "gold", "answer", "answerKey")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl or .csv file (UTF-8). In a csv, a cell that starts with [ is read as JSON."""
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in file if line.strip()]
-        return [{key: json.loads(value) if value.startswith("[") else value for key, value in row.items()}
-                for row in csv.DictReader(file)]
+class Row(dict):
+    """One row of a task file. where: which one, to be said of a fault in it."""
+    where = ""
 
 
-def task_config(rows: list[dict], path: Path) -> tuple[dict, list[dict]]:
+class RowError(ValueError):
+    """What is wrong with one row, without its file and number."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, every value as it stands there.
+
+    Text is UTF-8, with or without a byte order mark, or UTF-16 with one; any line ends. Bytes that are no UTF-8 are kept
+    as lone surrogates, and refused where a task reads them. Raises ParameterError, naming file, line and row.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow.parquet import read_table
+            rows = [(None, row) for row in read_table(path).to_pylist()]
+        else:
+            data = path.read_bytes()
+            utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            text = data.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape")
+            if path.suffix.lower() in (".csv", ".tsv"):
+                rows = table_rows(text, "," if path.suffix.lower() == ".csv" else "\t")
+            else:
+                rows = json_rows(text, lines_only=path.suffix.lower() == ".jsonl")
+    except (RowError, OSError, ValueError) as error:              # pyarrow's errors are ValueErrors
+        comma = ", " if isinstance(error, RowError) else " cannot be read: "
+        raise su.ParameterError([f"{path}{comma}{error}"]) from None
+    found = []
+    for number, (line, row) in enumerate(rows):
+        where = f"line {line}, row {number}" if line else f"row {number}"
+        if not isinstance(row, dict):
+            raise su.ParameterError([f"{path}, {where}: {shortened(row)} is no row of named columns."])
+        found.append(Row(row))
+        found[-1].where = where
+    return found
+
+
+def table_rows(text: str, delimiter: str) -> list[tuple[int, dict]]:
+    """[(line, row)] of a table with a header, as spreadsheets write it."""
+    csv.field_size_limit(2**31 - 1)                   # the module's own limit is 131,072 characters a cell
+    reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise RowError(f"line 1: the column name {twice[0]!r} stands there twice.")
+        line = reader.line_num + 1
+        for cells in reader:
+            if any(cells) and len(cells) != len(header):
+                raise RowError(f"line {line}, row {len(rows)}: {len(cells)} cells under {len(header)} column names; "
+                               "put a cell that holds the separator in quotes.")
+            if any(cells):
+                rows.append((line, dict(zip(header, cells))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise RowError(f"line {reader.line_num}, row {len(rows)}: {error}.") from None
+    return rows
+
+
+def json_rows(text: str, lines_only: bool) -> list[tuple[int | None, object]]:
+    """[(line, row)] of one JSON value a line; or, without lines, of a list, alone or the only list of an object."""
+    if not lines_only:
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
+            whole = None                              # then it may be lines under another name
+        lists = [value for value in whole.values() if isinstance(value, list)] if isinstance(whole, dict) else []
+        whole = lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else whole
+        if isinstance(whole, list):
+            return [(None, row) for row in whole]
+    rows = []
+    for line, part in enumerate(io.StringIO(text, newline=None), 1):
+        if not part.strip():
+            continue
+        try:
+            rows.append((line, json.loads(part)))
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg} at its character {error.pos + 1}" if hasattr(error, "msg") else error
+            raise RowError(f"line {line}, row {len(rows)}: {shortened(part)} is not JSON: {what}.") from None
+    return rows
+
+
+def shortened(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def text_of(value, column: str) -> str:
+    """A value that stands for text: a string, or a number as it is written."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{column} = {shortened(value)} is no text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{column} = {shortened(value)} is not UTF-8 text; save the file as UTF-8.") from None
+    return value
+
+
+def structure(value):
+    """A list or an object that a table's cell holds as JSON, or as Python prints it; any other value as it is."""
+    if isinstance(value, str):
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(value)
+    return value
+
+
+def question_of(row: dict) -> str:
+    """The question of a row, behind the passage that it is asked of, if that has a column of its own."""
+    name = next((name for name in QUESTIONS if name in row), None)
+    if name is None:
+        raise RowError(f"there is no question; name its column {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}.")
+    passage = next((column for column in PASSAGES if name == "question" and row.get(column)), None)
+    return "\n".join(text_of(row[column], column) for column in (passage, name) if column)
+
+
+def choices_of(row: dict) -> tuple[list[str], list[str]]:
+    """(texts of the choices, the names that a label may call them by: [] where the file gives none)."""
+    column = next((name for name in ("choices", "endings", "options") if name in row), None)
+    found, names = (structure(row[column]), []) if column else (None, [])
+    if isinstance(found, dict):                       # ARC on the hub: {"text": [...], "label": [...]}
+        found, names = found.get("text"), found.get("label") or []
+    elif isinstance(found, list) and found and all(isinstance(choice, dict) for choice in found):      # ARC's own files
+        found, names = [choice.get("text") for choice in found], [choice.get("label") for choice in found]
+    elif column is None and "sol1" in row:            # PIQA
+        column, found = "sol1, sol2", [row["sol1"], row.get("sol2")]
+    elif column is None:                              # MMLU's tables: a column a choice
+        column = "A, B, C, ..."
+        found = [row[name] for name in string.ascii_uppercase if name in row and row[name] not in (None, "")]
+    if found == []:
+        raise RowError("there are no choices; name their column choices or endings.")
+    if not isinstance(found, list):
+        raise RowError(f"{column} = {shortened(row.get(column))} is no list of choices.")
+    return [text_of(choice, f"a choice of {column}") for choice in found], [str(name).strip() for name in names]
+
+
+def whole_number(value) -> int | None:
+    """The number that a label is, also as "2", 2.0 or "2.0"; None for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return int(value) if value == value and abs(value) < 1e9 and value == int(value) else None
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}(\.0+)?", value.strip()):
+        return int(float(value))
+    return None
+
+
+def gold_of(label, texts: list[str], names: list[str], counting: str) -> int | None:
+    """The index of the choice that a label names; None if it names none. counting: "from 0", "from 1" or "as text"."""
+    name = str(label).strip()
+    if name in names:
+        return names.index(name)
+    number = whole_number(label)
+    if number is not None:
+        index = number - (counting == "from 1")
+        if counting == "as text":
+            index = texts.index(name) if texts.count(name) == 1 else -1
+    elif isinstance(label, str) and re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", name):
+        index = string.ascii_uppercase.index(name.strip("().:").upper())
+    else:
+        index = texts.index(name) if isinstance(label, str) and texts.count(name) == 1 else -1
+    return index if 0 <= index < len(texts) else None
+
+
+def counting_of(column: str, labels: list, choices: list[tuple[list[str], list[str]]]) -> str:
+    """How a file's labels name choices, read off all its rows: from 0, unless only another way names one in every row."""
+    numbers = [whole_number(label) for label in labels]
+    if column == "answerKey" and 0 not in numbers:    # ARC's way
+        return "from 1"
+    fits = [way for way in ("from 0", "from 1", "as text")
+            if all(gold_of(label, *choice, way) is not None for label, choice in zip(labels, choices))]
+    return fits[0] if fits else "from 0"
+
+
+def choice_docs(rows: list[Row]) -> list[dict]:
+    """[{"query", "choices", "gold"}] of rows of multiple choice. Raises RowError, its row in `where`."""
+    rows = [inner_question(row) for row in rows]
+    column = next((name for name in LABELS if any(name in row for row in rows)), "label")
+    labels, questions, choices = [], [], []
+    for row in rows:
+        with faults_of(row):
+            label = row.get(column)
+            number = whole_number(label)
+            if label is None or label != label or str(label).strip() == "" or isinstance(label, bool) or (number or 0) < 0:
+                raise RowError(f"{column} = {shortened(label)} does not name one of the choices: a row without a label, "
+                               "as in a test split, cannot be scored.")
+            labels.append(label)
+            choices.append(choices_of(row))
+            questions.append(question_of(row))
+    counting, docs = counting_of(column, labels, choices), []
+    for row, label, (texts, names), question in zip(rows, labels, choices, questions):
+        with faults_of(row):
+            gold = gold_of(label, texts, names, counting)
+            if gold is None:
+                raise RowError(f"{column} = {shortened(label)} does not name one of the choices {shortened(texts)}; give an "
+                               "index from 0, or a letter.")
+            if len(texts) < 2:
+                raise RowError(f"there is one choice, {shortened(texts[0])}: it takes two to choose.")
+            other = gold_of(label, texts, [], "as text") if column == "answer" and whole_number(label) is not None else None
+            if other not in (None, gold) and (counting == "from 1" or not isinstance(first_choice(row), str)):
+                raise RowError(f"{column} = {shortened(label)} may be the number of a choice or the choice itself, of "
+                               f"{shortened(texts)}; give a letter.")
+            docs.append({"query": question, "choices": texts, "gold": gold})
+    return docs
+
+
+def first_choice(row: dict):
+    """The first choice as the file has it, a number where it is one."""
+    found = structure(row.get("choices"))
+    return found[0] if isinstance(found, list) else ""
+
+
+def inner_question(row: Row) -> Row:
+    """ARC's, OpenBookQA's and CommonsenseQA's own files keep stem and choices inside `question`."""
+    inner = structure(row.get("question")) if not isinstance(row.get("question"), str) or "stem" in row["question"] else None
+    if not (isinstance(inner, dict) and "stem" in inner):
+        return row
+    found = Row({**row, "question": inner["stem"], "choices": inner.get("choices")})
+    found.where = row.where
+    return found
+
+
+def pair_docs(rows: list[Row]) -> list[dict]:
+    docs = []
+    for row in rows:
+        with faults_of(row):
+            sentences = [text_of(row.get(column), column) for column in ("sentence_good", "sentence_bad")]
+            term = row.get("linguistics_term")
+            docs.append({"choices": sentences, "gold": 0, "linguistics_term": term if isinstance(term, str) else None})
+    return docs
+
+
+def blank_docs(rows: list[Row]) -> list[dict]:
+    """Winogrande: the sentence up to its blank with either option is a context, what follows is scored behind both."""
+    docs = []
+    for row in rows:
+        with faults_of(row):
+            sentence, *options = (text_of(row.get(column), column) for column in ("sentence", "option1", "option2"))
+            before, blank, after = sentence.partition("_")
+            after = after.lstrip("_").strip()
+            if not (blank and after):
+                raise RowError(f"sentence = {shortened(sentence)} has no blank _ with something behind it.")
+            gold = gold_of(row.get("answer"), options, [], "from 1")
+            if gold is None:
+                raise RowError(f"answer = {shortened(row.get('answer'))} is not 1 or 2: a row without a label, as in a test "
+                               "split, cannot be scored.")
+            docs.append({"choices": [before + option for option in options], "gold": gold, "continuation": after,
+                         "sentence": sentence})
+    return docs
+
+
+def sum_docs(rows: list[Row]) -> list[dict]:
+    """GSM8K: the number behind #### is what an answer is compared with."""
+    docs = []
+    for row in rows:
+        with faults_of(row):
+            question, answer = (text_of(row.get(column), column) for column in ("question", "answer"))
+            if not re.fullmatch(r"-?\$?-?[0-9][0-9,]*(\.[0-9]+)?\.?", answer.rpartition("####")[2].strip()):
+                raise RowError(f"answer = {shortened(answer)} ends in no number that an answer could be compared with; write "
+                               "#### and the number.")
+            docs.append({"query": f"Question: {question}\nAnswer:", "answer": answer, "question": question})
+    return docs
+
+
+def text_docs(rows: list[Row]) -> list[dict]:
+    docs = []
+    for row in rows:
+        with faults_of(row):
+            docs.append({"text": text_of(row.get("text"), "text")})
+    return docs
+
+
+@contextlib.contextmanager
+def faults_of(row: Row):
+    """Names the row in what is raised about it."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(f"{row.where}: {error}") from None
+
+
+ACCURACY = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+NUMBERS = [{"name": name, "filter": [{"function": "regex", **how}, {"function": "take_first"}]} for name, how in (
+    ("strict-match", {"regex_pattern": r"#### (\-?[0-9\.\,]+)"}),
+    ("flexible-extract", {"group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}))]
+EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
+         "ignore_punctuation": False, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}
+BITS = [{"metric": name, "aggregation": aggregation, "higher_is_better": False} for name, aggregation in (
+    ("word_perplexity", "weighted_perplexity"), ("byte_perplexity", "weighted_perplexity"),
+    ("bits_per_byte", "bits_per_byte"))]
+
+# A column's name, never a template: lm-eval evaluates what a template gives, and takes a text of digits for an index.
+CHOICE = {"output_type": "multiple_choice", "doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold",
+          "metric_list": ACCURACY}
+# name -> (columns that tell it, docs from rows, lm-eval's configuration)
+KINDS = {
+    "minimal pairs": (({"sentence_good", "sentence_bad"},), pair_docs,
+                      {**CHOICE, "doc_to_text": "", "target_delimiter": "", "metric_list": ACCURACY[:1]}),
+    "blanks": (({"sentence", "option1", "option2"},), blank_docs,
+               {**CHOICE, "doc_to_text": "gold", "doc_to_target": "continuation", "metric_list": ACCURACY[:1]}),
+    "choice": (({"choices"}, {"endings"}, {"options"}, {"sol1", "sol2"}, {"A", "B"}), choice_docs, CHOICE),
+    "sums": (({"question", "answer"},), sum_docs,
+             {"output_type": "generate_until", "doc_to_text": "query", "doc_to_target": "answer", "filter_list": NUMBERS,
+              "metric_list": [EXACT], "generation_kwargs": {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False}}),
+    "text": (({"text"},), text_docs, {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
+                                      "metric_list": BITS}),
+}
+
+
+def task_config(rows: list[Row], path: Path) -> tuple[dict, list[dict]]:
     """(lm-eval's configuration of the task that these rows are, rows in the form it expects). By the columns:
 
-    sentence_good, sentence_bad                    minimal pairs (BLiMP): the likelier sentence, each behind EOS
-    choices, label|gold|answer, query|question|ctx|context|prompt     multiple choice; label an index or a letter
-    question, answer                               GSM8K: generated, compared by lm-eval's two filters
-    text                                           perplexity and bits per byte
+    sentence_good, sentence_bad              minimal pairs (BLiMP): the likelier sentence, each behind EOS
+    sentence, option1, option2, answer       Winogrande: what follows the blank, behind either option; answer 1 or 2
+    choices | endings | options | sol1, sol2 | A, B, ...
+                                             multiple choice, after query | question | question_stem | ctx | context |
+                                             prompt | goal as it stands, question behind context | passage | article;
+                                             label | gold | answer | answerKey an index, a letter, one of the file's own
+                                             names or the choice itself. choices may be a list or ARC's {"text", "label"}
+    question, answer                         GSM8K: generated, compared by lm-eval's two filters
+    text                                     perplexity and bits per byte
+
+    Indices count from 0, unless that leaves a row of the file without a choice and counting from 1 does not. No column but
+    these is read. Raises ParameterError naming file and row.
     """
-    columns = set(rows[0]) if rows else set()
-    accuracy = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
-    asked = next((name for name in ("query", "question", "ctx", "context", "prompt") if name in columns), None)
-    label = next((name for name in ("label", "gold", "answer") if name in columns), None)
-    if {"sentence_good", "sentence_bad"} <= columns:
-        return {"output_type": "multiple_choice", "doc_to_text": "", "doc_to_target": 0, "target_delimiter": "",
-                "doc_to_choice": "{{[sentence_good, sentence_bad]}}", "metric_list": accuracy[:1]}, rows
-    if "choices" in columns and asked and label:
-        for number, row in enumerate(rows):
-            gold = str(row[label])
-            gold = int(gold) if gold.isdigit() else "ABCDEFGHIJ".find(gold)
-            if not (isinstance(row["choices"], list) and 0 <= gold < len(row["choices"])):
-                raise su.ParameterError([f"{path}, row {number}: {label} = {row[label]!r} does not name one of the choices "
-                                         f"{row['choices']!r}; give an index from 0, or a letter."])
-            row["gold"] = gold
-        return {"output_type": "multiple_choice", "doc_to_text": "{{%s}}" % asked, "doc_to_target": "gold",
-                "doc_to_choice": "choices", "metric_list": accuracy}, rows
-    if {"question", "answer"} <= columns:
-        filters = [{"name": name, "filter": [{"function": "regex", **how}, {"function": "take_first"}]} for name, how in (
-            ("strict-match", {"regex_pattern": r"#### (\-?[0-9\.\,]+)"}),
-            ("flexible-extract", {"group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}))]
-        exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
-                 "ignore_punctuation": False, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}
-        return {"output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:",
-                "doc_to_target": "{{answer}}", "filter_list": filters, "metric_list": [exact],
-                "generation_kwargs": {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False}}, rows
-    if "text" in columns:
-        metrics = [{"metric": name, "aggregation": aggregation, "higher_is_better": False} for name, aggregation in (
-            ("word_perplexity", "weighted_perplexity"), ("byte_perplexity", "weighted_perplexity"),
-            ("bits_per_byte", "bits_per_byte"))]
-        return {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                "metric_list": metrics}, rows
-    raise su.ParameterError([f"{path} is no task: its columns are {', '.join(sorted(columns)) or 'none'}; see "
-                             "stentor_eval.task_config for the four kinds that are known."])
+    if not rows:
+        raise su.ParameterError([f"{path} has no rows."])
+    columns = set().union(*map(inner_question, rows))
+    for kind, (tells, make, config) in KINDS.items():
+        if any(names <= columns for names in tells):
+            try:
+                docs = make(rows)
+            except RowError as error:
+                raise su.ParameterError([f"{path}, {error}"]) from None
+            return {**config, "metadata": {"version": "local", "headline": headline(kind, columns)}}, docs
+    raise su.ParameterError([f"{path} is no task: its columns are {', '.join(sorted(map(str, columns)))}; the kinds that are "
+                             "known, by their columns, stand in 05_benchmark and in stentor_eval.task_config."])
 
 
-def local_tasks(folder) -> list:
-    """lm-eval tasks from a folder: its own YAML files if it has any, else every .jsonl and .csv, named <folder>/<file>."""
+def headline(kind: str, columns: set) -> str | None:
+    """The metric that is reported for files of HellaSwag, ARC, OpenBookQA and PIQA; None leaves it to the reader."""
+    published = bool({"endings", "sol1"} & columns or ("answerKey" in columns and "question_concept" not in columns))
+    return "acc_norm" if kind == "choice" and published else None
+
+
+def task_files(place) -> list[Path]:
+    """The task files of a folder, or the one file; none of those that begin with a dot."""
+    place = Path(place)
+    paths = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+    return [path for path in paths
+            if path.suffix.lower() in TASK_FILES and path.is_file() and not path.name.startswith(".")]
+
+
+def read_local(place) -> tuple[list[tuple[Path, dict, list]], list[str]]:
+    """([(file, lm-eval's configuration, docs)], [what is wrong, a sentence a file]) of a folder of task files, or one file."""
+    place, found, problems = Path(place), [], []
+    for path in task_files(place):
+        try:
+            found.append((path, *task_config(read_rows(path), path)))
+        except su.ParameterError as error:
+            problems += error.problems
+    packed = [path for path in place.glob("*") if path.suffix.lower() in PACKED and not path.name.startswith(".")]
+    problems += [f"{path} cannot be read as it is; unpack or convert it to {', '.join(TASK_FILES)}." for path in sorted(packed)]
+    if not (found or problems):
+        problems = [f"{str(place)!r} is not a folder with {', '.join(TASK_FILES)} or .yaml task files, nor one such file."]
+    return found, problems
+
+
+def local_problems(place) -> list[str]:
+    """What is wrong with a folder of task files, or one file, in sentences; a folder of YAML is lm-eval's own to judge."""
+    return [] if list(Path(place).glob("*.yaml")) else read_local(place)[1]
+
+
+def local_tasks(place, name: str | None = None) -> list:
+    """lm-eval tasks from a folder: its own YAML files if it has any, else every task file, called <name>/<file>.
+
+    name: by default the folder's. place may be one task file: called `name`, or by default <its folder>/<file>.
+    Raises ParameterError with every file's first fault.
+    """
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
-    folder = Path(folder)
-    if list(folder.glob("*.yaml")):
+    place = Path(place)
+    if list(place.glob("*.yaml")):
         from lm_eval.tasks import TaskManager
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        manager = TaskManager(include_path=str(place), include_defaults=False)
         return list(manager.load(manager.all_subtasks)["tasks"].values())
-    paths = sorted(path for path in folder.glob("*") if path.suffix in (".jsonl", ".csv")) if folder.is_dir() else []
-    if not paths:
-        raise su.ParameterError([f"{folder} is not a folder with .jsonl, .csv or .yaml task files."])
-    tasks = []
-    for path in paths:
-        config, rows = task_config(read_rows(path), path)
-        data = Dataset.from_list(rows)
+    found, problems = read_local(place)
+    if problems:
+        raise su.ParameterError(problems)
+    stems, tasks = [path.stem for path, _, _ in found], []
+    for path, config, docs in found:
+        data = Dataset.from_list(docs)
+        own = path.stem if stems.count(path.stem) == 1 else path.name       # x.csv beside x.jsonl
+        called = name if name and place.is_file() else f"{name or path.absolute().parent.name}/{own}"
         tasks.append(ConfigurableTask(config={
-            "task": f"{folder.name}/{path.stem}", "custom_dataset": lambda data=data, **_: {"test": data},
-            "test_split": "test", "num_fewshot": 0, "metadata": {"version": "local"}, **config}))
+            "task": called, "custom_dataset": lambda data=data, **_: {"test": data},
+            "test_split": "test", "num_fewshot": 0, **config}))
     return tasks
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: lm-eval's by name, and files of your own.
+
+
+def local_blocks(places) -> dict[str, dict]:
+    """{block name: block for `run`} of folders and task files, named by as much of each path's end as tells them apart."""
+    paths, blocks = list(dict.fromkeys(Path(place).resolve() for place in places)), {}
+    for path in paths:
+        length = next(n for n in range(1, len(path.parts) + 1)
+                      if sum(path.parts[-n:] == other.parts[-n:] for other in paths) == 1)
+        name = "/".join(path.parts[-length:])
+        key = "local_" + name.replace("/", "_")
+        key += "_" * (key in blocks)
+        blocks[key] = {"title": f"local: {name}", "local": str(path), "name": name}
+    return blocks
+
+
 def load_tasks(block: dict, seed: int) -> dict:
-    """{"tasks": {name: Task}, "groups": ...} of a block: {"local": folder} or {"tasks": [names], "num_fewshot": n}."""
+    """{"tasks": {name: Task}, "groups": ...} of a block: {"local": folder or file, "name"} or
+    {"tasks": [names], "num_fewshot": n}."""
     if "local" in block:
-        loaded = {"tasks": {task.config.task: task for task in local_tasks(block["local"])}, "groups": {}}
+        loaded = {"tasks": {task.config.task: task for task in local_tasks(block["local"], block.get("name"))},
+                  "groups": {}}
     else:
         loaded = task_manager().load(list(block["tasks"]))
     for task in loaded["tasks"].values():
@@ -587,6 +977,7 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
         count = len(task.eval_docs)
         samples[name] = sorted(random.Random(f"{seed} {name}").sample(range(count), min(limit or count, count)))
         task.build_all_requests(samples=samples[name], rank=0, world_size=1)
+        refuse_unlabelled(task)
         task.build_all_requests = lambda **_: None    # evaluate() would build them once more, which costs more than scoring
         digest.update(json.dumps([name, str(task.VERSION), task.config.num_fewshot, task.config.metric_list],
                                  default=str).encode())
@@ -594,7 +985,8 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
             digest.update(json.dumps([instance.request_type, instance.doc_id, instance.args, instance.doc],
                                      default=str).encode("utf-8", "surrogatepass"))
         if texts is not None:
-            texts[name] = item_texts(task)
+            items = item_texts(task)                  # two blocks may have a task of one name
+            texts[name if texts.get(name, items) == items else f"{name} [{block.get('title')}]"] = items
     key = digest.hexdigest()
     if finished := done(key):
         return finished
@@ -611,11 +1003,66 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
             "limit": limit, "seed": seed}
 
 
-def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
-    """What is kept of one task: counts, metrics as lm-eval gives them, and each item's scores for paired tests.
+def golds_of(task, doc: dict) -> list[int | None]:
+    """The indices of an item's right choices; None stands for a target that names none of them."""
+    found = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc)
+    golds = [choices.index(gold) if gold in choices else gold for gold in (found if isinstance(found, list) else [found])]
+    return [gold if isinstance(gold, int) and 0 <= gold < len(choices) else None for gold in golds]
 
-    bits_per_byte and perplexity: of the right continuation, over all items (multiple choice with an index as its target).
-    chance: mean over items of 1 / number of choices; None for tasks that are no choice.
+
+def refuse_unlabelled(task) -> None:
+    """Raises ParameterError if an item has no right answer: lm-eval would count it as wrong."""
+    if task.config.process_results is not None or task.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
+        return
+    for instance in task.instances:
+        if instance.idx:                              # one request of an item stands for it
+            continue
+        target = task.doc_to_target(instance.doc)
+        if task.OUTPUT_TYPE == "multiple_choice":
+            wrong = None in golds_of(task, instance.doc) or not golds_of(task, instance.doc)
+        else:
+            wrong = target is None or target == [] or str(target).strip() in ("", "None")
+        if wrong:
+            raise su.ParameterError([f"{task.config.task}, item {instance.doc_id}: its target {shortened(target)} is no right "
+                                     "answer; a split without labels, as test splits are, cannot be scored."])
+
+
+def share_of_ties(scores, golds: list[int]) -> tuple[float, bool]:
+    """(what an item scores, whether choices tie for the best): 1 or 0, and among k tied ones a k-th each right one.
+
+    That is what guessing among them scores; lm-eval takes the first, which in minimal pairs is the good sentence.
+    """
+    best = max(scores)
+    tied = [i for i, score in enumerate(scores) if math.isclose(score, best, rel_tol=1e-9)]
+    return len(set(golds) & set(tied)) / len(tied), len(tied) > 1
+
+
+def count_ties(task, samples: list[dict], result: dict) -> None:
+    """Put every accuracy's items, mean and number of ties into `result`; lm-eval's own mean beside it where it differs."""
+    lengths = {"acc": lambda choice: 1, "acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
+    for name in [name for name in result["items"] if name.split(",")[0] in lengths]:
+        length = lengths[name.split(",")[0]]
+        found = []
+        for sample in samples:
+            choices = task.doc_to_choice(sample["doc"])
+            lls = [answer[0] / max(1, length(choice)) for answer, choice in zip(sample["filtered_resps"], choices)]
+            found.append(share_of_ties(lls, golds_of(task, sample["doc"])))
+        items, own = [score for score, _ in found], result["metrics"][name]
+        result["items"][name], result["metrics"][name] = items, float(np.mean(items))
+        if ties := sum(tied for _, tied in found):
+            result.setdefault("ties", {})[name] = ties
+        if not math.isclose(own, result["metrics"][name], abs_tol=1e-9):
+            result.setdefault("lm_eval_metrics", {})[name] = own
+
+
+def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
+    """What is kept of one task: counts, metrics, and each item's scores for paired tests.
+
+    metrics: lm-eval's, but for ties (see share_of_ties): "ties" counts them, "lm_eval_metrics" has its own figure if other.
+    headline: the metric to report, where the task's files say so. bits_per_byte and perplexity: of the right continuation,
+    over all items (multiple choice with one right choice). chance: mean over items of 1 / number of choices; None for
+    tasks that are no choice.
     """
     names = [name for name in scores if "," in name and not name.split(",")[0].endswith("_stderr")]
     items = {}
@@ -627,16 +1074,16 @@ def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     result = {"version": str(task.VERSION), "num_fewshot": task.config.num_fewshot, "n": len(samples),
               "output_type": task.OUTPUT_TYPE, "metrics": {name: scores[name] for name in names},
-              "chance": None, **lm.counts.get(task.config.task, {}),
+              "chance": None, "headline": (task.config.metadata or {}).get("headline"), **lm.counts.get(task.config.task, {}),
               "phenomenon": samples[0]["doc"].get("linguistics_term"),
               "doc_ids": [sample["doc_id"] for sample in samples], "items": items}
     if task.OUTPUT_TYPE == "multiple_choice":
-        result["chance"] = float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
+        result["chance"] = float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
         result["loglikelihoods"] = [[answer[0] for answer in sample["filtered_resps"]] for sample in samples]
-        golds = [task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"] for sample in samples]
-        if all(isinstance(gold, str) for gold in golds):          # CommonsenseQA names the letter
-            choices = [task.doc_to_choice(sample["doc"]) for sample in samples]
-            golds = [have.index(gold) if gold in have else None for gold, have in zip(golds, choices)]
+        if task.config.process_results is None:
+            count_ties(task, samples, result)
+        golds = [golds_of(task, sample["doc"]) for sample in samples]
+        golds = [gold[0] if len(gold) == 1 else None for gold in golds]
         if all(isinstance(gold, int) for gold in golds):
             pairs = [sample["arguments"][gold] for sample, gold in zip(samples, golds)]
             nats = -sum(lls[gold] for lls, gold in zip(result["loglikelihoods"], golds))
@@ -658,9 +1105,16 @@ NGRAM = 13        # words, as GPT-3's appendix C
 SHORT = 5         # items of fewer than 13 words are looked for whole, down to this length
 
 
+# What stands before a question or an answer in prompts and in dumps of data sets: no word of the item.
+HEADERS = re.compile(r"\b(?:question|answer|q|a)\W{0,3}:")
+# Signs inside a word or a number, which some leave out: don't and dont, well-known, 1,000.
+INSIDE = re.compile(r"(?<=\w)['\u2019\u2010\u2011-](?=\w)|(?<=\d)[.,](?=\d)")
+
+
 def words_of(text: str) -> list[str]:
-    """Lower-case words without punctuation; \x00, the end of a document, is one of its own."""
-    return re.findall(r"\w+|\x00", unicodedata.normalize("NFKC", text).lower())
+    """Words without case, punctuation, "Question:" and "Answer:"; \x00, the end of a document, is one of its own."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return re.findall(r"\w+|\x00", INSIDE.sub("", HEADERS.sub(" ", text) if ":" in text else text))
 
 
 def ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:
@@ -695,10 +1149,13 @@ def store_texts(store_dir, tokenizer, chunk_tokens: int = 1 << 20):
 
 
 def contamination(texts: dict[str, list[list[str]]], store_dir, tokenizer) -> dict[str, dict]:
-    """{task: counts} of items whose words stand in the store's training text. texts: task -> items -> their strings.
+    """{task: counts} of items whose words stand in the store's training text. texts: task -> items -> their forms.
 
-    items_checked: items with 13 words in a row somewhere; contaminated: those of which any 13 are in the store.
-    short_checked, short_found: items of 5 to 12 words, looked for whole. Memory holds the items, never the store.
+    The first form of an item is itself, question and right answer, and decides how it is looked for. items_checked: items
+    of 13 words or more; contaminated: those of which any 13 in a row are in the store. short_checked, short_found: items of
+    5 to 12 words, looked for whole. Shorter ones cannot be checked: they are in `items` alone. The other forms (see
+    item_texts) are looked for alike, except for words that another item of the task has too, which tell nothing of this one.
+    Memory holds the items, never the store.
     """
     values, random_ids = {}, random.Random(0)
     for task in texts.values():
@@ -712,15 +1169,12 @@ def contamination(texts: dict[str, list[list[str]]], store_dir, tokenizer) -> di
     def ids_of(text):
         return np.array([values.get(word, 0) for word in words_of(text)], dtype=np.uint64)
 
-    wanted, items = {}, {}                            # length -> set of hashes; task -> [(length, hashes)]
+    wanted, items = {}, {}                            # length -> set of hashes; task -> what task_hashes gives
     for name, task in texts.items():
-        items[name] = []
-        for item in task:
-            rows = [ids_of(text) for text in item]
-            length = min(NGRAM, max(map(len, rows), default=0))
-            found = [h for row in rows for h in (ngram_hashes(row, length) if length >= SHORT else ()) if h]
-            wanted.setdefault(length, set()).update(map(int, found))
-            items[name].append((length, np.array(found, np.uint64)))
+        items[name] = task_hashes([[ids_of(text) for text in item] for item in task])
+        for _, found in items[name]:
+            for length, hashes in found.items():
+                wanted.setdefault(length, set()).update(hashes)
     tables = {length: np.array(sorted(hashes), np.uint64) for length, hashes in wanted.items() if hashes}
     seen = {length: np.zeros(len(table), bool) for length, table in tables.items()}
     for text in store_texts(store_dir, tokenizer):
@@ -729,28 +1183,74 @@ def contamination(texts: dict[str, list[list[str]]], store_dir, tokenizer) -> di
             hashes = ngram_hashes(ids, length)
             place = np.minimum(np.searchsorted(table, hashes), len(table) - 1)
             seen[length][place[table[place] == hashes]] = True
+    there = {length: set(table[seen[length]].tolist()) for length, table in tables.items()}
     report = {}
     for name, rows in items.items():
-        hit = [length >= SHORT and bool(seen[length][np.searchsorted(tables[length], found)].any()) if len(found) else False
-               for length, found in rows]
-        long = [length == NGRAM for length, _ in rows]
-        short = [SHORT <= length < NGRAM for length, _ in rows]
-        report[name] = {"items": len(rows), "items_checked": sum(long),
-                        "contaminated": sum(h for h, is_long in zip(hit, long) if is_long), "short_checked": sum(short),
-                        "short_found": sum(h for h, is_short in zip(hit, short) if is_short)}
+        hit = [any(not hashes.isdisjoint(there[length]) for length, hashes in found.items()) for _, found in rows]
+        long, short = ([low <= length <= high for length, _ in rows] for low, high in ((NGRAM, NGRAM), (SHORT, NGRAM - 1)))
+        report[name] = {"items": len(rows), "items_checked": sum(long), "contaminated": sum(map(min, hit, long)),
+                        "short_checked": sum(short), "short_found": sum(map(min, hit, short))}
     return report
 
 
+def task_hashes(task: list[list[np.ndarray]]) -> list[tuple[int, dict[int, set]]]:
+    """[(words of the item, 13 at most, {length: hashes to look for})] of one task's items in word ids.
+
+    Nothing is looked for where the item itself is too short.
+    """
+    owner, found = {}, []                             # a hash -> the item that has it, None if several have
+    for forms in task:
+        item = forms[0].tobytes()
+        rows = [(min(NGRAM, len(ids)), ids) for ids in dict((ids.tobytes(), ids) for ids in forms).values()]
+        hashes = [(length, {h for h in map(int, ngram_hashes(ids, length)) if h} if length >= SHORT else set())
+                  for length, ids in rows]
+        for length, some in hashes:
+            for h in some:
+                owner[length, h] = item if owner.get((length, h), item) == item else None
+        found.append((item, hashes))
+    rows = []
+    for item, hashes in found:
+        wanted = {}
+        for number, (length, some) in enumerate(hashes if hashes[0][0] >= SHORT else []):
+            own = some if number == 0 else {h for h in some if owner[length, h] == item}
+            if own:
+                wanted.setdefault(length, set()).update(own)
+        rows.append((hashes[0][0], wanted))
+    return rows
+
+
 def item_texts(task) -> list[list[str]]:
-    """The strings of each item: question with each choice, without few-shot examples."""
-    items = {}
-    for instance in task.instances:
-        strings = items.setdefault(instance.doc_id, [])
-        if task.config.num_fewshot:
-            strings += [str(task.doc_to_text(instance.doc)), str(task.doc_to_target(instance.doc))]
+    """The forms of each item, without few-shot examples or the task's description. The first is its own question with its
+    right answer; the others: each question column with the answer as it is written or scored, the prompt with the answer,
+    the question with all choices, and each question alone."""
+    docs = {instance.doc_id: instance.doc for instance in task.instances}
+    return [item_forms(task, doc) for doc in docs.values()]
+
+
+def item_forms(task, doc: dict) -> list[str]:
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return [str(task.doc_to_target(doc))]
+    answers, exams, prompt, target = [], [], task.doc_to_text(doc), task.doc_to_target(doc)
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(doc)
+        right = [choices[gold] for gold in golds_of(task, doc) if gold is not None]
+        if task.multiple_input:
+            prompt = right[0] if right else ""
         else:
-            strings.append("".join(part for part in instance.args if isinstance(part, str)))
-    return list(items.values())
+            target = right[0] if right else ""
+    with contextlib.suppress(RowError, TypeError, AttributeError):      # its own words, where the prompt has a letter
+        row, = choice_docs([Row(doc)])
+        answers.append(row["choices"][row["gold"]])
+        for form in ("{1}", "{0} {1}"):               # as exams print it, each choice behind its letter or not
+            exams.append(" ".join([row["query"], *map(form.format, string.ascii_uppercase, row["choices"])]))
+    answers.append(str(target[0] if isinstance(target, list) and target else target))
+    questions = [text for text in (doc.get(name) for name in QUESTIONS) if isinstance(text, str) and text.strip()]
+    with contextlib.suppress(RowError):
+        questions.insert(0, question_of(doc))
+    questions = list(dict.fromkeys(questions or [str(prompt)]))
+    pairs = [f"{question} {answer}" for question in questions for answer in answers]
+    others = [f"{prompt} {answers[-1]}", *exams, *questions, *filter(None, [doc.get("sentence")])]
+    return list(dict.fromkeys([*pairs, *others]))
 
 
 def model_problem(path: str) -> str | None:
@@ -861,7 +1361,7 @@ def run(config: dict, folder: Path, say=print) -> dict:
             except (KeyboardInterrupt, SystemExit):
                 raise
             except Exception as error:                # one block's failure must not cost the others
-                if world_size > 1:
+                if world_size > 1 and not isinstance(error, su.ParameterError):       # that all processes found alike
                     raise                             # the other processes wait in this block: start all again
                 entry["blocks"][block_name] = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
                 say(f"{name} | {block['title']} | failed: {type(error).__name__}: {error}")

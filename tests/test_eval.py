@@ -151,6 +151,7 @@ def test_hellaswag_shaped_items_with_tokens_across_the_join(ours, english, tmp_p
                != ours.tokenizer.encode(context + ending, add_special_tokens=False)
                for context, endings in pairs for ending in endings)
     print(f"lm-eval's split: {wrong.sum()} of {wrong.size} log-likelihoods differ, {lost} token sequences damaged")
+    assert "ties" not in task and "lm_eval_metrics" not in task       # acc and acc_norm are lm-eval's, to the bit
     assert 0 < wrong.sum() == lost == task["merged"] < wrong.size and task["requests"] == wrong.size
     assert all(sum(lm._encode_pair(c, e), []) == ours.tokenizer.encode(c + e, add_special_tokens=False) for c, es in pairs
                for e in es)
@@ -309,6 +310,229 @@ def test_a_yaml_folder_is_lm_evals_own(ours, english, tmp_path):
     assert yaml["loglikelihoods"] == se.evaluate_block(lm, {"local": plain})["tasks"]["plain/x"]["loglikelihoods"]
 
 
+def read(path):
+    return se.task_config(se.read_rows(path), path)
+
+
+PUBLISHED_ROWS = {                                    # a row as it is published -> the right choice
+    "hellaswag": [({"ind": 24, "activity_label": "Roofs", "ctx_a": "A man is on a roof.", "ctx": "A man is on a roof. he",
+                    "endings": ["a", "b", "c", "d"], "label": "3", "split_type": "indomain"}, "d")],
+    "arc on the hub": [({"question": "Which?", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]},
+                         "answerKey": "B"}, "b"),
+                       ({"question": "Which?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+                         "answerKey": "3"}, "c")],
+    "arc's own": [({"id": "x", "answerKey": "1", "question": {
+        "stem": "Which?", "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]}}, "a")],
+    "answerKey without names": [({"question": "q", "choices": ["a", "b", "c", "d"], "answerKey": "1"}, "a"),
+                                ({"question": "q", "choices": ["a", "b", "c", "d"], "answerKey": "2"}, "b")],
+    "openbookqa": [({"question_stem": "The sun", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}, "b")],
+    "piqa": [({"goal": "Open a jar", "sol1": "twist", "sol2": "eat", "label": 1}, "eat")],
+    "race": [({"article": "It rained.", "question": "q", "options": ["a", "b"], "answer": "B"}, "b")],
+    "mmlu": [({"question": "q", "subject": "s", "choices": ["0", "4", "2", "6"], "answer": 1}, "4")],
+    "mmlu's table": [({"prompt": "q", "A": "1", "B": "2", "C": "3", "D": "4", "E": "", "answer": "C"}, "3")],
+    "from 1": [({"query": "q", "choices": ["a", "b"], "label": 1}, "a"),
+               ({"query": "q", "choices": ["a", "b"], "label": 2}, "b")],
+    "a letter and an index": [({"query": "q", "choices": ["a", "b"], "gold": "(b)"}, "b"),
+                              ({"query": "q", "choices": ["a", "b"], "gold": 0}, "a")],
+    "numbers": [({"query": 12, "choices": [3, 4.5], "label": 1.0}, "4.5")],
+    "rows unlike the first": [({"query": "q", "choices": ["a", "b"], "label": "0", "note": 1}, "a"),
+                              ({"label": "1", "choices": ["a", "b", "c"], "query": "r", "note": [{}], "more": "x"}, "b")],
+    "the choice itself": [({"query": "q", "choices": ["3", "4", "9"], "label": "9"}, "9"),
+                          ({"query": "q", "choices": ["7", "8", "9"], "label": "7"}, "7")],
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED_ROWS)
+def test_published_files_are_read_in_every_format(kind, tmp_path):
+    import csv
+
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+    rows = [row for row, _ in PUBLISHED_ROWS[kind]]
+    expected = [right for _, right in PUBLISHED_ROWS[kind]]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows))
+    (tmp_path / "array.JSON").write_text(json.dumps({"version": 1, "data": rows}, indent=2))
+    columns = sorted(set().union(*rows))
+    for name, delimiter, encoding in (("x.csv", ",", "utf-8-sig"), ("x.tsv", "\t", "utf-16")):
+        with open(tmp_path / name, "w", newline="", encoding=encoding) as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerow(columns)
+            for row in rows:
+                writer.writerow([json.dumps(v) if isinstance(v, (list, dict)) else v for v in map(row.get, columns)])
+    names = ["x.jsonl", "bom.jsonl", "array.JSON", "x.csv", "x.tsv"]
+    if kind not in ("a letter and an index", "rows unlike the first", "numbers"):        # parquet has one type a column
+        write_table(Table.from_pylist(rows), tmp_path / "x.parquet")
+        names.append("x.parquet")
+    for name in names:
+        config, docs = read(tmp_path / name)
+        assert [doc["choices"][doc["gold"]] for doc in docs] == expected, name
+        assert config["metadata"]["headline"] == ("acc_norm" if {"endings", "answerKey", "sol1"} & set(columns) else None)
+
+
+def test_what_looks_like_structure_is_text(ours, tmp_path):
+    """lm-eval evaluates what a template gives; a question of digits it takes for an index, and scores without it."""
+    questions = ["[1, 2, 3]", "42", "{{ 7 * 7 }}", "[not a list", '{"a": 1}']
+    choices = ["[1]", "12", "{{x}}"]
+    folder = write_jsonl(tmp_path / "t" / "choice.jsonl", [{"question": q, "choices": choices, "label": 1} for q in questions])
+    write_jsonl(folder / "text.jsonl", [{"text": q} for q in questions])
+    write_jsonl(folder / "pairs.jsonl", [{"sentence_good": "[1, 2]", "sentence_bad": "'"}])
+    write_jsonl(folder / ".hidden.jsonl", [{"nothing": 1}])
+    lm = se.StentorLM(ours.model, ours.tokenizer)
+    tasks = se.evaluate_block(lm, {"local": folder})["tasks"]
+    expected = [[direct(ours.model, ours.tokenizer, q, f" {c}") for c in choices] for q in questions]
+    assert np.allclose(tasks["t/choice"]["loglikelihoods"], expected, atol=5e-4)
+    assert set(tasks) == {"t/choice", "t/text", "t/pairs"}
+    nats = -sum(direct(ours.model, ours.tokenizer, "", q) for q in questions)
+    assert tasks["t/text"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(map(len, questions)), rel=1e-4)
+    pair = [direct(ours.model, ours.tokenizer, "", text) for text in ("[1, 2]", "'")]
+    assert tasks["t/pairs"]["loglikelihoods"][0] == pytest.approx(pair, abs=5e-4)
+
+
+def test_winogrande_scores_one_continuation_behind_two_contexts(ours, tmp_path):
+    rows = [{"sentence": "Sarah was a better surgeon than Maria so _ got the easier cases.", "option1": "Sarah",
+             "option2": "Maria", "answer": answer} for answer in ("2", 1)]
+    folder = write_jsonl(tmp_path / "w" / "wino.jsonl", rows)
+    task = se.evaluate_block(se.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]["w/wino"]
+    expected = [direct(ours.model, ours.tokenizer, f"Sarah was a better surgeon than Maria so {name}", " got the easier cases.")
+                for name in ("Sarah", "Maria")]
+    assert task["loglikelihoods"][0] == task["loglikelihoods"][1] == pytest.approx(expected, abs=5e-4)
+    assert task["items"]["acc,none"] == [float(expected[1] > expected[0]), float(expected[0] > expected[1])]
+    assert task["chance"] == 0.5
+
+
+GOOD = {"query": "q", "choices": ["x", "y"], "label": 0}
+
+
+@pytest.mark.parametrize("bad, said", [
+    *(({**GOOD, "label": label}, "label = ") for label in (-1, "-1", "", " ", None, 2, "C", "maybe", True, 0.5, [0])),
+    ({"query": "q", "choices": ["x", "y"]}, "label = None"), ({**GOOD, "query": None}, "query = None is no text"),
+    ({**GOOD, "query": "caf\udce9"}, "not UTF-8"), ({**GOOD, "query": ["q"]}, "query = "),
+    ({**GOOD, "choices": ["x", ""]}, "is no text"), ({**GOOD, "choices": ["x", None]}, "is no text"),
+    ({**GOOD, "choices": "x, y"}, "is no list"), ({**GOOD, "choices": ["x"]}, "takes two"),
+    ({"query": "q", "label": 0}, "there are no choices"), (["x"], "no row of named columns")])
+def test_a_row_that_cannot_be_scored_is_named(bad, said, ours, tmp_path):
+    folder = write_jsonl(tmp_path / "t" / "x.jsonl", [GOOD, bad])
+    with pytest.raises(su.ParameterError, match=rf"x\.jsonl, line 2, row 1: .*{re.escape(said)}"):
+        se.local_tasks(folder)
+    assert len(se.local_problems(folder)) == 1
+
+
+@pytest.mark.parametrize("name, data, said", [
+    ("x.jsonl", b'{"text": "a"}\n\n{"text": ', "line 3, row 1: .* is not JSON"),
+    ("x.jsonl", b"[" * 100_000, "line 1, row 0: .* is not JSON"),
+    ("x.jsonl", '{"text": "a"}\n{"text": "café"}'.encode("latin-1"), "line 2, row 1: .* is not UTF-8"),
+    ("x.csv", b"text,n\na,1\nb\n", "line 3, row 1: 1 cells under 2"), ("x.csv", b"text,n\na,1,2\n", "line 2, row 0: 3 cells"),
+    ("x.csv", b'text,n\n"a,1\n', "line 2, row 0"), ("x.csv", b"text,text\na,b\n", "twice"), ("x.csv", b"text\n", "no rows"),
+    ("x.json", b"{}", "is no task"), ("x.parquet", b"PAR1", "cannot be read"),
+    ("x.jsonl", b'{"question": "q", "answer": "Paris"}', "row 0: answer = .* no number"),
+    ("x.jsonl", b'{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}', "row 0: sentence = .* no blank"),
+    ("x.jsonl", b'{"sentence": "a _ b", "option1": "a", "option2": "b", "answer": ""}', "row 0: answer = '' is not 1 or 2"),
+    ("x.jsonl", b'{"question": "2+2", "choices": [3, 4, 5, 6], "answer": 4}', "row 0: answer = 4 may be"),
+    ("x.jsonl", b'{"sentence_good": "a"}', "is no task"), ("x.jsonl", b"", "has no rows")])
+def test_a_file_that_cannot_be_read_is_named(name, data, said, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(su.ParameterError, match=f"{re.escape(name)}.*{said}"):
+        read(tmp_path / name)
+
+
+def test_cells_longer_than_the_csv_modules_limit(tmp_path):
+    (tmp_path / "x.csv").write_text(f"text\n{'long ' * 40_000}\n")
+    assert len(read(tmp_path / "x.csv")[1][0]["text"]) == 200_000
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_benchmarks_as_they_are_shared():
+    assert se.local_problems(SHARED / "data" / "gsm8k") == []
+    config, docs = read(SHARED / "data" / "gsm8k" / "test.jsonl")
+    assert len(docs) == 1319 and config["output_type"] == "generate_until"
+    assert "is no task" in se.local_problems(SHARED / "data" / "dolly")[0]
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_an_unlabelled_split_of_a_yaml_task_is_refused(label, ours, english, tmp_path):
+    rows = hellaswag_items(english, 3)
+    rows[1]["label"] = label
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "mine.yaml").write_text(json.dumps({
+        "task": "unlabelled", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "doc_to_text": "{{ctx}}", "doc_to_choice": "choices", "doc_to_target": "label"}))
+    with pytest.raises(su.ParameterError, match=f"unlabelled, item 1: its target {label} is no right answer"):
+        se.evaluate_block(se.StentorLM(ours.model, ours.tokenizer), {"local": tmp_path / "yaml"})
+
+
+def test_ties_share_the_point_and_are_counted(ours, english, notebook, tmp_path):
+    a, b, c = english[:3]
+    folder = write_jsonl(tmp_path / "t" / "pairs.jsonl", [{"sentence_good": a, "sentence_bad": a}] * 3
+                         + [{"sentence_good": a, "sentence_bad": b}, {"sentence_good": b, "sentence_bad": a}])
+    write_jsonl(folder / "choice.jsonl", [{"query": a, "choices": [b, b, b, b], "label": 2},
+                                          {"query": a, "choices": [c, "x", c], "label": 2}])
+    task = se.evaluate_block(se.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]
+    pairs, choice = task["t/pairs"], task["t/choice"]
+    assert pairs["items"]["acc,none"][:3] == [0.5] * 3 and sum(pairs["items"]["acc,none"][3:]) == 1
+    assert pairs["metrics"]["acc,none"] == 0.5 and pairs["ties"] == {"acc,none": 3}
+    assert pairs["lm_eval_metrics"]["acc,none"] == 0.8            # lm-eval takes the first, the good one
+    best = [np.array(lls) / 1 for lls in choice["loglikelihoods"]]
+    expected = [0.25, 0.5 if best[1][0] > best[1][1] else 0.0]
+    assert choice["items"]["acc,none"] == expected and choice["lm_eval_metrics"]["acc,none"] == 0.0
+    rows = notebook.result_rows({"m": {"t": {"tasks": task, "groups": {}, "title": "t"}}}, PUBLISHED["peers"])
+    row = next(row for row in rows if row["task"] == "t/pairs")
+    assert (row["score"], row["ties"], row["lm_eval"], row["chance"]) == (0.5, 3, 0.8, 0.5)
+    assert (row["low"], row["high"]) == notebook.wilson(2.5, 5)
+    assert any("3 of 5 items" in said and "0.8000" in said for said in notebook.remarks(rows, {}))
+
+
+def test_texts_of_the_same_tokens_tie():
+    """Words that a tokenizer does not know are one token to it: whatever batch they fall into, the model cannot choose."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "the": 2, "a": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+    lm = se.StentorLM(random_model(su.Shape(4, 32, 64, 2, 2, 1, 512), tokenizer), tokenizer)
+    pairs = [("", ["the cat", "the dog"]), ("", ["the dog a"]), ("", ["the mouse"])]
+    keys = [request.key for request in lm.requests_of([(c, text) for c, texts in pairs for text in texts])]
+    assert keys[0] == keys[1] == keys[3] != keys[2]
+
+
+def test_a_model_that_knows_nothing_scores_chance(ours, tmp_path):
+    """All logits alike: sentences of as many tokens tie, and so does every item of equal words."""
+    import copy
+    blank = copy.deepcopy(ours.model)
+    with torch.no_grad():
+        for parameter in blank.parameters():
+            parameter.zero_()
+    tokens = [ours.tokenizer.decode([i]) for i in range(300, 340)]
+    rows = [{"sentence_good": "zq" + a, "sentence_bad": "zq" + b} for a, b in zip(tokens, tokens[1:])]
+    task = se.evaluate_block(se.StentorLM(blank, ours.tokenizer), {
+        "local": write_jsonl(tmp_path / "t" / "pairs.jsonl", rows)})["tasks"]["t/pairs"]
+    assert task["metrics"]["acc,none"] == 0.5 and task["ties"]["acc,none"] == len(rows) == 39
+    assert task["lm_eval_metrics"]["acc,none"] == 1.0
+
+
+def test_generation_from_nothing_and_for_longer_than_the_model(ours, english):
+    lm = se.StentorLM(ours.model, ours.tokenizer, max_length=32)
+
+    def ask(context, **options):
+        request = Instance("generate_until", {}, (context, {"until": [], **options}), 0, metadata=("g", 0, 1))
+        return lm.generate_until([request])[0]
+
+    for context in ("", None):
+        tokens = ours.model.generate(torch.tensor([[ours.tokenizer.eos_token_id]]), max_new_tokens=5, do_sample=False)[0, 1:]
+        assert ask(context, max_gen_toks=5) == ours.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert lm.counts["g"] == {"requests": 1, "truncated": 0}
+    whole = ask(english[0], max_gen_toks=10_000)
+    assert whole == ask(english[0], max_gen_toks=16) == ask(english[0], max_new_tokens=16, until=["", "\x00"]) != ""
+    assert lm.counts["g"] == {"requests": 1, "truncated": 1} and len(lm.encode([english[0]])[0]) > 16
+    mixed = [Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": 5}), i, metadata=("g", i, 1))
+             for i, text in enumerate(["", english[1][:20]])]
+    assert lm.generate_until(mixed) == [ask("", max_gen_toks=5), ask(english[1][:20], max_gen_toks=5)]
+    nothing = lm.loglikelihood(instances([(None, [english[0]]), ("", [english[0]])]))
+    assert nothing[0] == nothing[1] and lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)]) == [0.0]
+
+
 def test_the_cards_blocks_name_tasks_that_this_lm_eval_has():
     manager = se.task_manager()
     names = {name for _, tasks, _ in se.BLOCKS.values() for name in tasks}
@@ -408,8 +632,9 @@ def test_kill_9_ten_times_and_the_results_are_the_same(ours, english, tmp_path):
 def test_two_processes_give_the_scores_of_one(ours, english, tmp_path):
     folder = write_jsonl(tmp_path / "one" / "swag.jsonl", hellaswag_items(english, 40))
     write_jsonl(folder / "sums.jsonl", [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)])
-    config = {"models": {"m": str(ours.folder)}, "blocks": {"one": {"title": "one", "local": str(folder)}},
-              "dtype": "float32", "tokens_per_batch": 512}
+    write_jsonl(tmp_path / "unlabelled" / "x.jsonl", [{"query": "q", "choices": ["a", "b"], "label": ""}])
+    config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "tokens_per_batch": 512, "blocks": {
+        name: {"title": name, "local": str(tmp_path / name)} for name in ("unlabelled", "one")}}
     said = []
     se.launch(config, tmp_path / "two", num_processes=2, say=lambda text: (said.append(text), print(text)))
     two = json.loads((tmp_path / "two" / "m" / "one.json").read_text())
@@ -417,6 +642,7 @@ def test_two_processes_give_the_scores_of_one(ours, english, tmp_path):
     se.run(config, tmp_path / "single", say=said.append)
     one = json.loads((tmp_path / "single" / "m" / "one.json").read_text())
     assert one["key"] == two["key"]
+    assert any("unlabelled | failed" in line for line in said)        # refused by both, and the next block scored
     assert np.allclose(one["tasks"]["one/swag"]["loglikelihoods"], two["tasks"]["one/swag"]["loglikelihoods"], atol=1e-4)
     assert one["tasks"]["one/sums"]["items"] == two["tasks"]["one/sums"]["items"]
 
@@ -426,6 +652,8 @@ def test_a_failing_block_does_not_cost_the_others(ours, english, tmp_path):
     write_jsonl(tmp_path / "bad" / "a.jsonl", [{"nothing": 1}])
     config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "blocks": {
         name: {"title": name, "local": str(tmp_path / name)} for name in ("bad", "good")}}
+    (tmp_path / "bad" / "b.jsonl.gz").write_bytes(b"")
+    assert "b.jsonl.gz cannot be read" in se.local_problems(tmp_path / "bad")[1]
     (tmp_path / "out").mkdir()
     summary = se.run(config, tmp_path / "out", say=lambda text: None)
     blocks = summary["models"]["m"]["blocks"]
@@ -449,6 +677,83 @@ def test_items_from_the_training_text_are_found_and_others_not(tiny):
     assert found["inside"]["contaminated"] == 1       # thirteen words in a row are, twelve are not
     assert found["short"] == {"items": 3, "items_checked": 0, "contaminated": 0, "short_checked": 2, "short_found": 1}
     assert found["fresh"]["contaminated"] == found["across"]["contaminated"] == 0
+
+
+FORMS = {"as it is": "{q} {a}", "shouted": "{q} {a}", "header": "Question: {q}\nAnswer: {a}",
+         "bold header": "**Q:** {q}\n\n**A:** {a}", "exam": "{q}\n(A) {w}\n(B) {a}\nAnswer: B", "line breaks": "{q}\n\n{a}",
+         "punctuation": "({q})... \u201c{a}\u201d!"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
+    """What counts as checked must be found, however it was written down; what is too short must not count as checked."""
+    r = np.random.default_rng(3)
+
+    def words(count):
+        syllables = [a + b for a, b in zip(r.choice(list("bcdfglmnprstv"), 3 * count), r.choice(list("aeiou"), 3 * count))]
+        return " ".join("".join(syllables[i:i + 3]) for i in range(0, 3 * count, 3))
+
+    def items(lengths):                               # (question, right, much longer wrong choice)
+        return [(words(q), words(a), words(30)) for q, a in lengths]
+
+    sizes = [(3, 3), (6, 2), (10, 1), (20, 4), (4, 12)]
+    kinds = {name: items(sizes) for name in ("choice", "endings", "sums", "blank", "pairs", "text")}
+    folder = tmp_path / "t"
+    for name, rows in {
+            "choice": [{"question": q, "choices": [w, a], "label": 1} for q, a, w in kinds["choice"]],
+            "endings": [{"ctx": q, "endings": [w, a], "label": "1"} for q, a, w in kinds["endings"]],
+            "sums": [{"question": q, "answer": f"{a} #### 7"} for q, a, w in kinds["sums"]],
+            "blank": [{"sentence": f"{q} _ {a}", "option1": "xan", "option2": w, "answer": "1"} for q, a, w in kinds["blank"]],
+            "pairs": [{"sentence_good": f"{q} {a}", "sentence_bad": w} for q, a, w in kinds["pairs"]],
+            "text": [{"text": f"{q} {a}"} for q, a, w in kinds["text"]]}.items():
+        write_jsonl(folder / f"{name}.jsonl", rows + [{key: value if key in ("label", "answer") and name != "sums" else
+                                                       ["no", "ay"] if isinstance(value, list) else
+                                                       "_ be" if key == "sentence" else "ay" if name != "sums" else
+                                                       "#### 7" for key, value in rows[0].items()}])
+    planted = []
+    for name, rows in kinds.items():
+        for q, a, w in rows:
+            whole = name in ("blank", "pairs", "text")            # no question and answer apart
+            text = f"{q} xan {a}" if name == "blank" else f"{q} {a}" if whole else (
+                FORMS["as it is" if (form, name) == ("exam", "sums") else form].format(
+                    q=q, a=f"{a} #### 7" if name == "sums" else a, w=w))
+            planted.append({"text": f"{words(9)}. {text.upper() if form == 'shouted' else text} {words(9)}"})
+    held_out = [{"text": words(30)} for _ in range(4)]
+    write_jsonl(tmp_path / "planted.jsonl", held_out + planted)
+    source = su.Source("planted", str(tmp_path / "planted.jsonl"))
+    store = su.prepare_tokens([source], tiny.tokenizer, tmp_path / "tokens", tokens_per_source={"planted": 10**6},
+                              validation_documents=4, shard_tokens=20_000, progress=lambda text: None)
+    texts = {task.config.task: [] for task in se.local_tasks(folder)}
+    for task in se.local_tasks(folder):
+        task.build_all_requests(rank=0, world_size=1)
+        texts[task.config.task] = se.item_texts(task)
+    found = se.contamination(texts, store, tiny.tokenizer)
+    assert len(found) == 6
+    for name, counts in found.items():
+        assert counts["items"] == len(sizes) + 1 and counts["items_checked"] + counts["short_checked"] == len(sizes), name
+        assert counts["contaminated"] == counts["items_checked"] >= 2 and counts["short_found"] == counts["short_checked"], name
+    fresh = {name: [[f"{words(8)} {words(8)}", words(8)], [words(7)]] for name in found}
+    assert not any(row["contaminated"] or row["short_found"]
+                   for row in se.contamination(fresh, store, tiny.tokenizer).values())
+
+
+def test_words_are_what_is_left_without_case_and_signs():
+    assert se.words_of("**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4") == [
+        "dont", "pay", "100050", "for", "a", "wellknown", "strasse", "3", "4"]
+    text = "Janet's 16 eggs (3.5 a day), a half-price STRASSE"
+    assert se.words_of(re.sub(r"[^\w\s]", "", text).lower()) == se.words_of(text)
+    assert se.words_of("one\n\x00\ntwo") == ["one", "\x00", "two"]
+
+
+def test_words_that_items_share_are_evidence_of_none(tiny):
+    """A question that several items ask, or a prompt's own words, stand in the store: no item does."""
+    trained = se.words_of([text for text, reason, _ in su.clean_documents(tiny.source) if not reason][5])
+    shared, prompt = " ".join(trained[:7]), " ".join(trained[10:30])
+    items = [[f"{shared} zyx{i} wvu{i}", f"{prompt} {shared} zyx{i}", shared] for i in range(3)]
+    found = se.contamination({"t": items}, tiny.store_dir, tiny.tokenizer)["t"]
+    assert found["short_checked"] == 3 and found["short_found"] == 0
+    alone = [[f"{shared} zyx wvu", shared], ["a question that is its own and no other's"]]
+    assert se.contamination({"t": alone}, tiny.store_dir, tiny.tokenizer)["t"]["short_found"] == 1
 
 
 @pytest.mark.parametrize("chunk", [500, 1 << 20])
@@ -560,3 +865,58 @@ def test_tables_and_model_index_say_what_the_items_say(notebook, ours, english, 
     from huggingface_hub.repocard_data import model_index_to_eval_results
     _, parsed = model_index_to_eval_results([entry])  # the hub's own reader takes it
     assert parsed[0].metric_value == round(row["score"], 4) and parsed[0].dataset_name == "swag/a"
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path, notebook, ours, english):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_jsonl(tmp_path / name / "dev" / "x.jsonl", hellaswag_items(english, 6, seed))
+    write_jsonl(tmp_path / "a" / "dev" / "text.jsonl", [{"text": text} for text in english[:5]])
+    (tmp_path / "a" / "dev" / "text.csv").write_text("text\nanother\n")
+    places = [tmp_path / "a" / "dev", str(tmp_path / "b" / "dev"), tmp_path / "a" / "dev" / "x.jsonl", tmp_path / "a" / "dev"]
+    blocks = se.local_blocks(places)
+    assert [block["name"] for block in blocks.values()] == ["a/dev", "b/dev", "x.jsonl"] and len(blocks) == 3
+    assert list(se.local_blocks(places[:1])) == ["local_dev"]
+    (tmp_path / "out").mkdir()
+    config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "blocks": blocks}
+    summary = se.run(config, tmp_path / "out", say=lambda text: None)
+    results = notebook.load_blocks(tmp_path / "out", summary)
+    rows = {row["task"]: row for row in notebook.result_rows(results, PUBLISHED["peers"])}
+    assert set(rows) == {"a/dev/x", "b/dev/x", "a/dev/text.csv", "a/dev/text.jsonl", "x.jsonl"}
+    assert rows["a/dev/x"]["score"] == rows["x.jsonl"]["score"]
+    text = results["m"]["local_a_dev"]["tasks"]["a/dev/text.jsonl"]
+    row = rows["a/dev/text.jsonl"]
+    assert row["score"] == pytest.approx(text["bits_per_byte"], rel=1e-9) and row["metric"] == "bits_per_byte" and row["n"] == 5
+    assert row["low"] < row["score"] < row["high"] and row["chance"] is None
+
+
+def block_of(name, title, **task):
+    task = {"items": {"acc,none": [1.0, 0.0], "acc_norm,none": [0.0, 0.0]}, "n": 2, "chance": 0.25, "num_fewshot": 0,
+            "version": "local", "metrics": {"acc,none": 0.5, "acc_norm,none": 0.0}, **task}
+    return {"tasks": {name: task}, "groups": {}, "title": title}
+
+
+def test_tables_show_cut_contexts_the_right_metric_and_tasks_of_one_name(notebook):
+    blocks = {"one": block_of("dev/x", "one", truncated=288, requests=800),
+              "two": block_of("dev/x", "two", headline="acc_norm"), "three": block_of("mine/hellaswag_val", "three"),
+              "four": block_of("mine/ARC-Challenge-Dev", "four"),
+              "five": block_of("odd", "five", items={"f1,none": [[0, 1]]}, metrics={"f1,none": 0.5})}
+    results = {"m": blocks, "n": {"two": blocks["two"]}}
+    rows = notebook.result_rows(results, PUBLISHED["peers"])
+    assert [(row["task"], row["model"], row["metric"]) for row in rows] == [
+        ("dev/x [one]", "m", "acc"), ("dev/x [two]", "m", "acc_norm"), ("dev/x [two]", "n", "acc_norm"),
+        ("mine/hellaswag_val", "m", "acc_norm"), ("mine/ARC-Challenge-Dev", "m", "acc_norm")]
+    assert (rows[0]["truncated"], rows[0]["requests"]) == (288, 800)
+    said = notebook.remarks(rows, results)
+    assert any("288 of 800" in line for line in said) and any(line.startswith("odd, m: not in the table") for line in said)
+
+
+def test_less_bits_per_byte_is_the_better_rank(notebook):
+    random = np.random.default_rng(0)
+    good = [[-float(n), 40] for n in random.normal(60, 3, 50)]
+    results = {name: {"b": block_of("t/text", "b", items={"bits_per_byte,none": [[n * factor, size] for n, size in good]}, n=50,
+                                    chance=None, metrics={"bits_per_byte,none": 0.0})}
+               for name, factor in (("worse", 1.3), ("better", 1.0))}
+    rows = {row["model"]: row for row in notebook.result_rows(results, PUBLISHED["peers"])}
+    assert (rows["better"]["rank"], rows["worse"]["rank"]) == ("1", "2") and rows["better"]["score"] < rows["worse"]["score"]
+    expected = -sum(n for n, _ in good) / math.log(2) / (40 * 50)
+    assert rows["better"]["score"] == pytest.approx(expected)

@@ -208,6 +208,8 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
 @pytest.mark.parametrize("notebook, given, expected", [
     ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
      ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
+    ("05_benchmark", ["LOCAL_TASKS=['{folder}/tasks.jsonl', None]", "PEERS={'untrained': ''}", "MODEL=/no/such/model"],
+     ["tasks.jsonl, line 2, row 1: answer = ''", "LOCAL_TASKS: None is no path", "PEERS['untrained'] = ''", "its name is taken"]),
     ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
     ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
     ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
@@ -230,6 +232,8 @@ def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, 
     vocabulary = (tiny.tokenizer_dir / "tokenmonster.vocab").read_bytes()
     (tmp_path / "cut.vocab").write_bytes(vocabulary[:len(vocabulary) // 2])
     (tmp_path / "other.vocab").write_bytes(b"PK\x03\x04 this is a zip file, say" * 20)
+    (tmp_path / "tasks.jsonl").write_text("".join(
+        json.dumps({"question": "q", "choices": ["a", "b"], "answer": answer}) + "\n" for answer in ("A", "")))
     given = [value.replace("{folder}", str(tmp_path)) for value in given]
     if not any(value.startswith("OUTPUTS=") for value in given):
         given.append(f"OUTPUTS={tmp_path}")
@@ -241,6 +245,29 @@ def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, 
         assert part in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "=== 0" not in done.stdout.partition(notebook)[2]
     assert len(done.stderr.splitlines()) < 15, done.stderr
+
+
+def test_05_says_in_one_sentence_that_nothing_could_be_scored(tiny, tmp_path):
+    import stentor_utils as su
+    model = su.build_model(tiny.recipe.shape, eos_token_id=tiny.tokenizer.eos_token_id)
+    su.save_model_folder(model, tiny.tokenizer, tmp_path / "demo" / "final")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "task.yaml").write_text(json.dumps({
+        "task": "broken", "dataset_path": "json", "dataset_kwargs": {"data_files": "/no/such.jsonl"}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "x", "doc_to_target": 0, "doc_to_choice": ["a", "b"]}))
+    done = run(f"OUTPUTS={tmp_path}", "PAIRS=0", "UNTRAINED=False", f"LOCAL_TASKS=['{tmp_path / 'broken'}']",
+               notebooks=["05_benchmark"])
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "Nothing was scored, every block failed. The first: FileNotFoundError" in done.stderr.splitlines()[-1]
+
+
+def test_05_without_lm_eval_and_without_a_network_says_so(tmp_path):
+    cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
+    bootstrap = next("".join(cell["source"]) for cell in cells if cell["id"] == "bootstrap")
+    code = "import sys; sys.modules['lm_eval'] = None\n" + bootstrap
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True,
+                          env={**os.environ, "PIP_NO_INDEX": "1", "PIP_TARGET": str(tmp_path)})
+    assert done.returncode == 1 and "switch the internet on" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_misspelt_papermill_parameter_is_refused_without_our_runner(tmp_path):
