@@ -1165,8 +1165,9 @@ class Vocabulary:
         """Where the tokens of a str begin and end, and where its characters text[c] for c in `cuts` (ascending) do.
 
         Returns (places of the cuts, starts, ends of the tokens), int64, in units of the normalised text: characters at
-        capcode 2, else bytes. A capcode marker is empty. Nothing is counted in a part that was encoded by itself: an
-        inert character is put into each cut, and the tokens are found again in the text that was encoded.
+        capcode 2, else bytes. A capcode marker stands where the character does that it marks. Nothing is counted in a
+        part that was encoded by itself: an inert character is put into each cut, and the tokens are found again in the
+        text that was encoded.
         """
         parts = [_as_bytes(text[a:b], self.charset) for a, b in itertools.pairwise([0, *cuts, len(text)])]
         spares = (_as_bytes(chr(c), self.charset) for c in range(0xE000, 0xF900))  # private characters: no rule knows them
@@ -1174,13 +1175,20 @@ class Vocabulary:
         parts = _normalize(spare.join(parts), self.normalization, self.charset).split(spare)
         sizes = [len(p.decode("utf-8", "surrogateescape")) if self.capcode == 2 else len(p) for p in parts[:-1]]
         data = self.normalize(text)
-        starts, ends = self._spans(data, self._encode([data])[0].tolist())
         _, kept = _capcode_decode(data, self.capcode, self.backend, np.zeros(4, np.int64))
-        units = np.concatenate(([0], np.cumsum(kept > 0)))
-        return np.cumsum(sizes, dtype=np.int64), units[starts], units[ends]
+        kept = np.append(kept > 0, True)
+        units = np.cumsum(kept) - kept  # of a byte; of one that gives no character: of the next that does
+        if self.capcode == 2:
+            flat = np.frombuffer(data + b"\0 ", np.uint8)
+            moved = np.isin(flat[:-1], (67, 87)) & (flat[1:] == 32) & np.append(kept[1:], False)
+            units = units + moved  # the space in front of a capital stands behind its marker
+        units, spans = units.tolist(), self._spans(data, self._encode([data])[0].tolist())
+        held = [units[a : max(b, a + 1)] for a, b in spans]
+        starts, ends = np.array([(min(h), max(h) + 1) for h in held], np.int64).reshape(-1, 2).T
+        return np.cumsum(sizes, dtype=np.int64), starts, ends
 
     def _spans(self, data, ids):
-        """(starts, ends) of the tokens `ids` in the bytes `data` (capcode form) that they are the encoding of."""
+        """[(start, end)] of the tokens `ids` in the bytes `data` (capcode form) that they are the encoding of."""
         spans, at, space = [], 0, 0  # space: bytes of the next token that are not in the text, behind a deleted space
         for number, i in enumerate(ids):
             following = self._plain[ids[number + 1]] if number + 1 < len(ids) else b""
@@ -1189,13 +1197,13 @@ class Vocabulary:
                 spans.append((at, at))
                 space = len(self._space)
                 continue
-            keys = [key[space:] for key in (self._bytes[i], self._plain[i]) if len(key) > space]
+            keys = [key[space:] for key in (self._bytes[i], self._plain[i]) if key]
             while keys and at < len(data) and not data.startswith(tuple(keys), at):
                 at += 1  # a byte without a token
             length = next((len(key) for key in keys if data.startswith(key, at)), 1)  # UNK: one byte
             spans.append((at, at + length))
             at, space = at + length, 0
-        return tuple(np.array(spans, np.int64).reshape(-1, 2).T)
+        return spans
 
     # -- looking --
 
@@ -1667,8 +1675,5 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
             held = np.zeros(len(starts), bool)
             for first, last in zip(places[::2], places[1::2]):
                 held |= (starts < last) & (ends > first)
-            # a marker counts for what it marks, that is, with the next token that holds something
-            following = np.where(starts < ends, np.arange(len(starts)), len(starts))
-            following = np.minimum.accumulate(following[::-1])[::-1]
-            mask += np.append(held, False)[following].tolist()
+            mask += held.tolist()
         return [int(m) for m in mask]

@@ -1,8 +1,10 @@
 """TokenMonsterTokenizer does what a transformers user expects, here and in a process that has only the saved folder."""
 import copy
+import functools
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import unicodedata
@@ -13,8 +15,9 @@ import pytest
 import torch
 from conftest import SHARED
 from test_tokenmonster import OWN, PROSE, own_vocabulary
+from tokenmonster_hf import ACCENTS, COLLAPSE, LEADINGSPACE, LOWERCASE, NFD, QUOTEMARKS, TRIM, UNIXLINES
 from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import AddedToken, AutoTokenizer, DataCollatorForLanguageModeling, TextIteratorStreamer
 
 VOCABS = SHARED / "tokenmonster/vocabs"
 TEXT = "Hello World, this is\nTHE END of\n\nOur story: naïve café, 日本語 😀 don't.\n\tA b\n"
@@ -149,6 +152,106 @@ def test_assistant_mask_covers_what_the_assistant_said(tokenizer, side):
                                         max_length=len(single["input_ids"]) - 4)
     part = slice(4, None) if side == "left" else slice(None, -4)
     assert cut["assistant_masks"] == single["assistant_masks"][part] and cut["input_ids"] == single["input_ids"][part]
+
+
+# Two who never use the same letters, so that whose a token is can be read off it.
+WHO = {"user": "abcdefghijklm", "assistant": "nopqrstuvwxyz"}
+MARKERS = ("", "\x7f", "CDW")  # by capcode level
+BARE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}|{% generation %}{{ m['content'] }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}<{{ m['content'] }}>{% endif %}{{ '\\n' }}{% endfor %}")
+
+
+def letters_only(capcode, normalization, unk, include):
+    """A small vocabulary: letters and pieces of words; accents, emoji and capitals have no token unless included."""
+    draw, letters = random.Random(capcode), "".join(WHO.values())
+    tokens = [*letters, " ", "\n", "<", ">", "|", ">\n", "\n<", *MARKERS[capcode], *(m + " " for m in MARKERS[capcode])]
+    tokens += [draw.choice(["", " ", "\n"]) + "".join(draw.choices(letters, k=draw.randint(1, 4))) for _ in range(200)]
+    return Vocabulary.from_tokens(tokens, capcode=capcode, normalization=normalization, unk=unk, include=include)
+
+
+def turn(draw, role, capitals):
+    words = ["".join(draw.choices(WHO[role], k=draw.randint(1, 5))) + draw.choice(["", "", *"é😀\u0301ẞ“"])
+             for _ in range(draw.randint(0, 5))]
+    words = [draw.choice([str.lower, str.lower, str.upper, str.title])(word) for word in words]
+    first = draw.choice(WHO[role] + (WHO[role].upper() if capitals else ""))
+    return {"role": role, "content": first + draw.choice([" ", "  ", "\r\n", "\n", ""]).join(words)}
+
+
+def whose(tokenizer, ids):
+    """The mask read off the tokens: an answer goes from its first letter, markers in front of it included, to its EOS."""
+    markers = MARKERS[tokenizer.vocabulary.capcode] + " "
+    names = [name.decode("utf-8", "ignore").strip(markers).lower() for name in tokenizer.vocabulary.tokens]
+    mask, start = [], 0
+    for end in [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]:
+        first = next(i for i in range(start, end) if set(names[ids[i]]) & set(WHO["assistant"]))
+        while first > start and not names[ids[first - 1]]:
+            first -= 1
+        mask += [0] * (first - start) + [1] * (end + 1 - first)
+        start = end + 1
+    return mask + [0] * (len(ids) - start)
+
+
+@pytest.mark.parametrize("unk", [False, True])
+@pytest.mark.parametrize("normalization", [0, NFD, NFD | COLLAPSE | UNIXLINES, NFD | TRIM, ACCENTS | LOWERCASE,
+                                           LEADINGSPACE | QUOTEMARKS])
+@pytest.mark.parametrize("capcode", [0, 1, 2])
+def test_the_mask_is_exact_where_bytes_vanish_or_have_no_token(capcode, normalization, unk):
+    draw = random.Random(normalization)
+    for include in ("", "ascii", "all256"):
+        if unk and include == "all256":
+            continue  # nothing is unknown
+        tokenizer = TokenMonsterTokenizer(vocabulary=letters_only(capcode, normalization, unk, include), pad_to_multiple=8)
+        for _ in range(8):
+            chat = [turn(draw, draw.choice(list(WHO)), capcode == 2) for _ in range(draw.randint(1, 5))]
+            out = tokenizer.apply_chat_template(chat, chat_template=BARE, return_assistant_tokens_mask=True)
+            assert out["assistant_masks"] == whose(tokenizer, out["input_ids"]), (include, chat)
+
+
+def test_the_mask_goes_by_the_tokens_that_were_made(tokenizer):
+    mask = functools.partial(tokenizer.apply_chat_template, CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    split = mask(tokenizer_kwargs={"split_special_tokens": True})  # EOS as the four letters that it reads like
+    said = [i for i, m in zip(split["input_ids"], split["assistant_masks"]) if m]
+    assert tokenizer.decode(said).strip("\n") == "Hello, friend.</s>" and tokenizer.eos_token_id not in said
+    stripping = copy.deepcopy(tokenizer)
+    stripping.add_tokens(AddedToken("<|user|>", rstrip=True, lstrip=True, special=True))
+    out = stripping.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    said = [i for i, m in zip(out["input_ids"], out["assistant_masks"]) if m]
+    assert stripping.decode(said).strip("\n") == "Hello, friend.</s>" and said[-1] == tokenizer.eos_token_id
+    assert len(out["input_ids"]) == len(out["assistant_masks"]) and out["input_ids"].count(len(tokenizer)) == 2
+    with pytest.raises(ValueError, match="continue_final_message"):
+        mask(continue_final_message=True)
+
+
+def test_a_capital_behind_the_prompt_s_space_brings_its_marker():
+    tokens = ["a", "b", ":", " ", "W", "D", "</", "s", ">"]
+    tokenizer = TokenMonsterTokenizer(vocabulary=Vocabulary.from_tokens(tokens, capcode=2))
+    template = "{% for m in messages %}a: {% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    out = tokenizer.apply_chat_template([{"role": "assistant", "content": "B"}], chat_template=template,
+                                        return_assistant_tokens_mask=True)
+    names = [tokenizer.vocabulary.tokens[i] for i in out["input_ids"]]
+    assert names[-4:] == [b":", b"W", b" ", b"b"] and out["assistant_masks"][-4:] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("chat, text", [
+    ([{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "a"}], "<|assistant|>\nHi</s>\n<|user|>\na\n"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}],
+     "<|user|>\na\n<|assistant|>\nb</s>\n<|assistant|>\nc</s>\n"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}, " b"]},
+      {"role": "assistant", "content": [{"type": "text", "text": "c"}]}], "<|user|>\na b\n<|assistant|>\nc</s>\n"),
+    ([{"role": "user", "content": []}, {"role": "assistant", "content": None}], "<|user|>\n\n<|assistant|>\n</s>\n"),
+])
+def test_conversations_in_every_order_and_form(tokenizer, chat, text):
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert out["input_ids"] == tokenizer(text).input_ids
+    answers = sum(message["role"] == "assistant" for message in chat)
+    assert sum(i == tokenizer.eos_token_id and m for i, m in zip(out["input_ids"], out["assistant_masks"])) == answers
+
+
+@pytest.mark.parametrize("content", [[{"type": "image", "url": "a.png"}], 3, [["a"]], [None]])
+def test_content_that_is_no_text_is_refused(tokenizer, content):
+    with pytest.raises(Exception, match="must be text, or a list of text parts"):
+        tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
 
 
 def test_streamed_text_arrives_in_whole_characters(tokenizer):
