@@ -40,13 +40,14 @@ from torch import nn                                  # noqa: E402
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
     FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
     documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem, tokenizer_sha256, write_atomically)
+    planned_shards, prepare_tokens, redact, source_files, source_names, store_problems, tokenizer_problem, tokenizer_sha256,
+    vocabulary_rows, write_atomically)
 from stentor_precision import (                       # noqa: E402, F401
     FP32Layer, FP32Norm, FP32SoftmaxAttention, Int8Linear, _in_front_of, _int8_codes, apply_precision_recipe,
     rename_weight_master)
 from stentor_recipes import (                         # noqa: E402, F401
     ALL_RECIPES, RECIPES, REPAIRED, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16, find_recipe,
-    kv_cache_bytes, number, parameter_budget, run_name, secret_problems, writable_folder)
+    fit_to_tokenizer, kv_cache_bytes, number, parameter_budget, run_name, secret_problems, writable_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -795,6 +796,10 @@ def _train(engine, recipe, store, run_dir, tokenizer, model, deadline_hours, say
     if tokenizer is not None and made_for and made_for != tokenizer_sha256(tokenizer):
         raise ParameterError([f"the token store was made by the tokenizer {made_for[:12]}, given is "
                               f"{tokenizer_sha256(tokenizer)[:12]} (sha256); use the one it was made by."])
+    ends = store.manifest.get("eos_token_id")
+    if tokenizer is not None and ends is not None and ends != tokenizer.eos_token_id:
+        raise ParameterError([f"the documents of the token store end in the id {ends:,}, the tokenizer's EOS is "
+                              f"{tokenizer.eos_token_id:,}; use the tokenizer it was made by."])
 
     # model, precision, optimiser
     if tokenizer is not None:
