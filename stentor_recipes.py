@@ -15,7 +15,7 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stentor_data import ParameterError, Source, redact, store_problems, vocabulary_rows
+from stentor_data import ParameterError, Source, redact
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters are checked before any work starts, all of them, and every problem is one sentence.
@@ -502,18 +502,6 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
 REPAIRED: dict[str, Recipe] = {f"{name}-repaired": dataclasses.replace(recipe, name=f"{name}-repaired", max_train_steps=None)
                                for name, recipe in RECIPES.items()}
 ALL_RECIPES = {**RECIPES, **REPAIRED}
-
-
-def fit_to_tokenizer(recipe: Recipe, tokenizer) -> Recipe:
-    """The recipe with the rows of the embedding that this tokenizer's ids need, checked again.
-
-    Raises ParameterError when the ids do not fit a token store, or the recipe is wrong with that many.
-    """
-    shape = dataclasses.replace(recipe.shape, vocab_size=vocabulary_rows(tokenizer))
-    recipe = dataclasses.replace(recipe, shape=shape)
-    if problems := store_problems(tokenizer) or recipe.problems():
-        raise ParameterError(problems)
-    return recipe
 
 
 def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -> Recipe:

@@ -47,7 +47,7 @@ from stentor_precision import (                       # noqa: E402, F401
     rename_weight_master)
 from stentor_recipes import (                         # noqa: E402, F401
     ALL_RECIPES, RECIPES, REPAIRED, Recipe, Shape, check_notebook_parameters, count_parameters, cpu_has_bf16, find_recipe,
-    fit_to_tokenizer, kv_cache_bytes, number, parameter_budget, run_name, secret_problems, writable_folder)
+    kv_cache_bytes, number, parameter_budget, run_name, secret_problems, writable_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
