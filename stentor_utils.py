@@ -138,6 +138,17 @@ def save_model_folder(model, tokenizer, folder) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_tokenizer(tokenizer, folder) -> None:
+    """A tokenizer folder, complete or not there at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(temporary)
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def load_model(folder, **settings):
     """AutoModelForCausalLM from a folder (or hub name) that nobody vouches for: safetensors only, and none of its code.
 
