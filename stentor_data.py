@@ -463,6 +463,7 @@ def clean_documents(source: Source, cursor: dict | None = None, longest_document
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Token store: uint16 shards on disk, one folder a source. Document = ids + EOS, packed end to end without padding.
+STORE_ROWS = 1 << 16                                  # ids that fit
 
 
 def load_tokenizer(path):
@@ -489,14 +490,48 @@ def tokenizer_problem(path) -> str | None:
         return None
     if not folder.is_dir():
         return "is not there"
+    if not any((folder / name).is_file() for name in ("tokenmonster.vocab", "tokenizer.json")):
+        return "holds neither tokenmonster.vocab nor tokenizer.json"
+    try:
+        rows = _rows_of_folder(folder)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"is damaged ({error})"
+    if rows > STORE_ROWS:
+        return f"has {_too_wide(rows)}"
+
+
+def _rows_of_folder(folder: Path) -> int:
+    """What `vocabulary_rows` would say of the tokenizer in a folder."""
+    def read(name):
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+    config, fast = read("tokenizer_config.json"), read("tokenizer.json")
+    vocab = fast.get("model", {}).get("vocab", {})      # {token: id}, or a list of (token, score)
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+    ids += [token["id"] for token in fast.get("added_tokens", [])] + [int(i) for i in config.get("added_tokens_decoder", {})]
     if (folder / "tokenmonster.vocab").is_file():
         from tokenmonster_hf import Vocabulary
-        try:
-            Vocabulary.from_file(folder / "tokenmonster.vocab")
-        except ValueError as error:
-            return f"is damaged ({error})"
-    elif not (folder / "tokenizer.json").is_file():
-        return "holds neither tokenmonster.vocab nor tokenizer.json"
+        ids += [Vocabulary.from_file(folder / "tokenmonster.vocab").n_ids - 1, config.get("vocab_size", 0) - 1]
+    return 1 + max(ids)
+
+
+def vocabulary_rows(tokenizer) -> int:
+    """Rows that a model's embedding needs for a tokenizer's ids: the highest + 1. (len() counts them, holes left out.)"""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def _too_wide(rows: int) -> str:
+    return (f"ids up to {rows - 1:,}, but a token store keeps 16 bits of each ({STORE_ROWS - 1:,} at most): take a tokenizer "
+            f"of at most {STORE_ROWS:,} ids, or build one with 01_tokenizer")
+
+
+def store_problems(tokenizer) -> list[str]:
+    """Why a token store cannot hold what this tokenizer gives, one sentence each."""
+    wrong = []
+    if (rows := vocabulary_rows(tokenizer)) > STORE_ROWS:
+        wrong.append(f"the tokenizer has {_too_wide(rows)}.")
+    if tokenizer.eos_token_id is None:
+        wrong.append("the tokenizer has no EOS to stand behind each document: set its eos_token to one of its tokens.")
+    return wrong
 
 
 def find_vocabulary(name: str) -> Path:
@@ -527,13 +562,13 @@ def tokenizer_sha256(tokenizer) -> str:
 
 
 def encode_documents(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids uint16, offsets int64 of len(texts) + 1), special tokens in the text taken as plain text, no EOS added."""
+    """(ids, unsigned and as wide as they need; offsets int64 of len(texts) + 1): no EOS added, and special tokens in the
+    text taken as plain text."""
     if hasattr(tokenizer, "encode_batch"):
-        ids, offsets = tokenizer.encode_batch(texts)
-        return ids.astype(np.uint16, copy=False), offsets
+        return tokenizer.encode_batch(texts)
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return np.array([i for row in rows for i in row], dtype=np.uint16), offsets
+    return np.array([i for row in rows for i in row], dtype=np.uint32), offsets
 
 
 def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str, int], validation_documents: int,
@@ -548,8 +583,11 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     tokens and UTF-8 bytes of the cleaned text, sha256 of each shard, and the cursor to go on from. A hub source is read at
     the commit in its entry's `revision`, now and in every later call. `reading`: tries, sleep and deadline of `documents`.
     after_shard(number of shards) is called after each one and may wait.
-    Raises ParameterError when the folder holds a store of another tokenizer, other sources or another revision.
+    Raises ParameterError when the folder holds a store of another tokenizer, other sources or another revision, and when
+    the tokenizer's ids do not fit a store (`store_problems`).
     """
+    if problems := store_problems(tokenizer):
+        raise ParameterError(problems)
     store_dir = Path(store_dir)
     manifest_path = store_dir / "manifest.json"
     fingerprint = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "validation_documents": validation_documents,
@@ -558,14 +596,16 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
                                for s in sources]}
     if manifest_path.exists():
         manifest = json.loads(manifest_path.read_text())
-        for key, value in fingerprint.items():
-            if manifest["fingerprint"][key] != value:
+        there = manifest["fingerprint"] | {"eos_token_id": manifest["eos_token_id"]}
+        for key, value in (fingerprint | {"eos_token_id": tokenizer.eos_token_id}).items():
+            if there[key] != value:
                 raise ParameterError([f"{store_dir} holds a token store with another {key} "
-                                      f"({str(manifest['fingerprint'][key])[:60]} there, {str(value)[:60]} wanted); "
+                                      f"({str(there[key])[:60]} there, {str(value)[:60]} wanted); "
                                       "choose another folder or delete it."])
     else:
         store_dir.mkdir(parents=True, exist_ok=True)
-        manifest = {"fingerprint": fingerprint, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+        manifest = {"fingerprint": fingerprint, "vocab_size": vocabulary_rows(tokenizer),
+                    "eos_token_id": tokenizer.eos_token_id,
                     "sources": {}}
     for source in sources:
         entry = manifest["sources"].setdefault(source.name, {
@@ -676,7 +716,7 @@ def source_names(recipe) -> list[str]:
 
 
 def plan_sources(recipe) -> np.ndarray:
-    """The source of each sequence of a run, as an index into `source_names`: (sequences_to_train,) uint8.
+    """The source of each sequence of a run, as an index into `source_names`: (sequences_to_train,), uint8 up to 255.
 
     From a golden-ratio sequence, each stretch of which holds the weights to within a few sequences.
     """
@@ -684,7 +724,7 @@ def plan_sources(recipe) -> np.ndarray:
     n = np.arange(recipe.sequences_to_train)
     point = (n + 0.5) * 0.6180339887498949 % 1.0
     weights = [source.weight for source in recipe.sources if source.name in names]
-    plan = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.uint8)
+    plan = np.searchsorted(np.cumsum(weights) / sum(weights), point, side="right").astype(np.min_scalar_type(len(names)))
     if recipe.anneal_weights:
         late = n >= len(n) * (1 - recipe.anneal_fraction)
         weights = np.cumsum(recipe.anneal_weights) / sum(recipe.anneal_weights)

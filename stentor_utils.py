@@ -41,7 +41,8 @@ from torch import nn                                  # noqa: E402
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
     FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
     documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem, tokenizer_sha256, write_atomically)
+    planned_shards, prepare_tokens, redact, source_files, source_names, store_problems, tokenizer_problem, tokenizer_sha256,
+    vocabulary_rows, write_atomically)
 from stentor_precision import (                       # noqa: E402, F401
     FP32Layer, FP32Norm, FP32SoftmaxAttention, Int8Linear, _in_front_of, _int8_codes, apply_precision_recipe,
     rename_weight_master)
@@ -187,6 +188,17 @@ def save_model_folder(model, tokenizer, folder, generation: dict | None = None) 
     finally:
         model.config, model.generation_config = own
         _remove(temporary)
+
+
+def save_tokenizer(tokenizer, folder) -> None:
+    """A tokenizer folder, complete or not there at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(temporary)
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tokenizer(tokenizer, folder) -> None:
@@ -1121,6 +1133,10 @@ class Run:
         if self.tokenizer is not None and made_for and made_for != tokenizer_sha256(self.tokenizer):
             problems.append(f"the token store was made by the tokenizer {made_for[:12]}, given is "
                             f"{tokenizer_sha256(self.tokenizer)[:12]} (sha256); use the one it was made by.")
+        ends = self.store.manifest.get("eos_token_id")
+        if self.tokenizer is not None and ends is not None and ends != self.tokenizer.eos_token_id:
+            problems.append(f"the documents of the token store end in the id {ends:,}, the tokenizer's EOS is "
+                            f"{self.tokenizer.eos_token_id:,}; use the tokenizer it was made by.")
         if recipe.ema_decay and self.engine.static_shapes:
             problems.append(f"ema_decay = {recipe.ema_decay} is not for XLA: set it to None, or use a GPU or the CPU.")
         if recipe.torch_compile and self.engine.static_shapes:

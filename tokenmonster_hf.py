@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -1160,6 +1161,50 @@ class Vocabulary:
         total = np.concatenate(([0], np.cumsum(kept)))
         return np.diff(total[np.concatenate(([0], np.cumsum(lengths)))])
 
+    def align(self, text, cuts):
+        """Where the tokens of a str begin and end, and where its characters text[c] for c in `cuts` (ascending) do.
+
+        Returns (places of the cuts, starts, ends of the tokens), int64, in units of the normalised text: characters at
+        capcode 2, else bytes. A capcode marker stands where the character does that it marks. Nothing is counted in a
+        part that was encoded by itself: an inert character is put into each cut, and the tokens are found again in the
+        text that was encoded.
+        """
+        parts = [_as_bytes(text[a:b], self.charset) for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        spares = (_as_bytes(chr(c), self.charset) for c in range(0xE000, 0xF900))  # private characters: no rule knows them
+        spare = next(s for s in spares if s.join(parts).count(s) == len(cuts))
+        parts = _normalize(spare.join(parts), self.normalization, self.charset).split(spare)
+        sizes = [len(p.decode("utf-8", "surrogateescape")) if self.capcode == 2 else len(p) for p in parts[:-1]]
+        data = self.normalize(text)
+        _, kept = _capcode_decode(data, self.capcode, self.backend, np.zeros(4, np.int64))
+        kept = np.append(kept > 0, True)
+        units = np.cumsum(kept) - kept  # of a byte; of one that gives no character: of the next that does
+        if self.capcode == 2:
+            flat = np.frombuffer(data + b"\0 ", np.uint8)
+            moved = np.isin(flat[:-1], (67, 87)) & (flat[1:] == 32) & np.append(kept[1:], False)
+            units = units + moved  # the space in front of a capital stands behind its marker
+        units, spans = units.tolist(), self._spans(data, self._encode([data])[0].tolist())
+        held = [units[a : max(b, a + 1)] for a, b in spans]
+        starts, ends = np.array([(min(h), max(h) + 1) for h in held], np.int64).reshape(-1, 2).T
+        return np.cumsum(sizes, dtype=np.int64), starts, ends
+
+    def _spans(self, data, ids):
+        """[(start, end)] of the tokens `ids` in the bytes `data` (capcode form) that they are the encoding of."""
+        spans, at, space = [], 0, 0  # space: bytes of the next token that are not in the text, behind a deleted space
+        for number, i in enumerate(ids):
+            following = self._plain[ids[number + 1]] if number + 1 < len(ids) else b""
+            joins = following.startswith(self._space) and data.startswith(following[len(self._space) :], at)
+            if i == self.delete_id and joins and not data.startswith(self._plain[i], at):
+                spans.append((at, at))
+                space = len(self._space)
+                continue
+            keys = [key[space:] for key in (self._bytes[i], self._plain[i]) if key]
+            while keys and at < len(data) and not data.startswith(tuple(keys), at):
+                at += 1  # a byte without a token
+            length = next((len(key) for key in keys if data.startswith(key, at)), 1)  # UNK: one byte
+            spans.append((at, at + length))
+            at, space = at + length, 0
+        return spans
+
     # -- looking --
 
     def __len__(self):
@@ -1318,10 +1363,18 @@ def _derive(key, shape, index, capcode):
 
 # The card's template ("<|role|>", new line, content, new line). An assistant's message also ends in EOS, and what the
 # assistant wrote stands between generation marks, so that return_assistant_tokens_mask gives a mask for fine-tuning.
+# Content is a text, or a list of parts that are texts or {"type": "text", "text": ...}; a picture is refused.
 CHAT_TEMPLATE = (
+    "{% macro text(part) %}{% if part is string %}{{ part }}{% elif part is mapping and part['text'] is string %}"
+    "{{ part['text'] }}{% else %}{{ raise_exception('The content of a message must be text, or a list of text parts.') }}"
+    "{% endif %}{% endmacro %}"
+    "{% macro said(content) %}{% if content is sequence and content is not string and content is not mapping %}"
+    "{% for part in content %}{{ text(part) }}{% endfor %}"
+    "{% elif content is defined and content is not none %}{{ text(content) }}{% endif %}{% endmacro %}"
     "{% for message in messages %}<|{{ message['role'] }}|>\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"  # jinja drops a bare one behind a block
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ said(message['content']) }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ said(message['content']) }}{% endif %}"
+    "{{ '\\n' }}{% endfor %}"  # jinja drops a bare one behind a block
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
@@ -1333,6 +1386,25 @@ def _printable_bytes():
     return {**{b: chr(b) for b in plain}, **{b: chr(0x100 + i) for i, b in enumerate(rest)}}
 
 
+def _pattern(token):
+    """The regular expression of an AddedToken, with the white space it takes along."""
+    found = re.escape(token.content)
+    found = f"(?<![^ ]){found}(?![^ ])" if token.single_word else found
+    return r"\s*" * token.lstrip + found + r"\s*" * token.rstrip
+
+
+def _take(name, taken):
+    """The name, made another one while it is in `taken`, which it enters."""
+    while name in taken:
+        name += "\u2581"
+    taken[name] = None
+    return name
+
+
+def _special(name):
+    return AddedToken(name, special=True, normalized=False)
+
+
 class TokenMonsterTokenizer(PreTrainedTokenizer):
     """TokenMonster as a transformers tokenizer.
 
@@ -1341,10 +1413,18 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
     to a text unless `special_tokens_pattern` is "bos", "eos" or "bos_eos". Special tokens in a text are recognised
     before it is tokenised; with `split_special_tokens=True` they are plain text, which is right for untrusted input.
     decode gives the normalised text: NFD for the released vocabularies.
+
+    Rows keep their ids and strings for good: eos_token and its like name one of them, and a name that is there already
+    is that row. A new name is refused where it is only set as an attribute; add_special_tokens makes a row for it.
+
+    A collator that masks the padding (transformers' DataCollatorForLanguageModeling) also masks EOS, which is the padding
+    here, and the model never learns to stop. Before training with one give the padding a token of its own, which
+    save_pretrained keeps: `tokenizer.pad_token = "<|extra_0|>"` (`tokenizer.bos_token` where there are no extra ones).
     """
 
     vocab_files_names = {"vocab_file": "tokenmonster.vocab"}
     model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"  # generate() goes on from a row's end: padding there would be what it continues
     _auto_class = "AutoTokenizer"  # save_pretrained copies this file and writes auto_map
 
     def __init__(self, vocab_file=None, eos_token="</s>", bos_token="<s>", pad_token=None, pad_to_multiple=128,
@@ -1359,30 +1439,40 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         if self._size < n + 2:
             raise ValueError(f"vocab_size={self._size} has no room for {n} tokens, EOS and BOS: take {n + 2} or more, or "
                              f"from_vocabulary, which drops the tokens of lowest score.")
-        extras = [f"<|extra_{i}|>" for i in range(self._size - n - 2)]
-        special, alphabet = [str(eos_token), str(bos_token), *extras], _printable_bytes()
+        special, alphabet = self._special_rows(str(eos_token), str(bos_token), kwargs), _printable_bytes()
         taken = dict.fromkeys(special)
         for i, token in enumerate(self.vocabulary.tokens):
             text = "".join(map(alphabet.__getitem__, token)) or f"<|unused_{i}|>"
             text = "<unk>" if i == self.vocabulary.unk_id else text
-            while text in taken:  # a token that reads like a special one
-                text += "\u2581"
-            taken[text] = None
+            _take(text, taken)  # a token that reads like a special one gets another string
         self._strings = list(taken)[len(special) :]
         self._ids = {token: i for i, token in enumerate(self._strings + special)}
         if self.vocabulary.unk_id is not None:
             kwargs.setdefault("unk_token", self._strings[self.vocabulary.unk_id])
-        self._splitter = (0, None)  # number of added tokens, pattern that finds them
+        self._splitter = None  # finds the added tokens in a text
         kwargs.setdefault("special_tokens_pattern", "none")
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         kwargs |= {"eos_token": eos_token, "bos_token": bos_token, "pad_token": eos_token if pad_token is None else pad_token}
         super().__init__(pad_to_multiple=pad_to_multiple, vocab_size=self._size, **kwargs)
-        self._add_tokens([AddedToken(t, special=True, normalized=False) for t in extras], special_tokens=True)
+        rows = [_special(token) for i, token in enumerate(special, n) if i not in self._added_tokens_decoder]
+        self._add_tokens(rows, special_tokens=True)
         # what save_pretrained writes: the pattern, which the base class forgets, and nothing about where we came from
         self.init_kwargs["special_tokens_pattern"] = self.special_tokens_pattern
         for name in ("is_local", "local_files_only"):
             self.init_kwargs.pop(name, None)
+
+    def _special_rows(self, eos, bos, saved):
+        """The strings of the rows behind the vocabulary. A saved folder has them by id; names given do not move them."""
+        n = self.vocabulary.n_ids
+        saved = {i: str(token) for i, token in saved.get("added_tokens_decoder", {}).items() if i >= n}
+        extras = [f"<|extra_{i}|>" for i in range(self._size - n - 2)]
+        rows = list(extras)
+        for place, name in enumerate((eos, bos)):  # named as given, unless that is another row's name
+            spare = [t for t in (("</s>", "<s>"), ("<s>", "</s>"))[place] if t not in (eos, bos)]
+            rows.insert(place, next(t for t in (name, *spare) if t not in rows))
+        taken = dict.fromkeys(saved.values())
+        return [saved[i] if i in saved else _take(name, taken) for i, name in enumerate(rows, n)]
 
     @classmethod
     def from_vocabulary(cls, vocabulary, vocab_size=None, pad_to_multiple=128, **kwargs):
@@ -1397,6 +1487,36 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         if source.n_ids + 2 > total:
             source = copy.deepcopy(source).resize(total - 2).reset_ids()
         return cls(vocabulary=source, vocab_size=total, pad_to_multiple=pad_to_multiple, **kwargs)
+
+    # -- special tokens --
+
+    def __setattr__(self, key, value):
+        """eos_token and its like, by name or id: a token that is there, treated at once as a saved and loaded one is."""
+        role = key.removesuffix("_id")
+        if value is None or role not in self.SPECIAL_TOKENS_ATTRIBUTES:
+            super().__setattr__(key, value)
+            return
+        name = str(value) if key == role else self.convert_ids_to_tokens(value)
+        if name not in (vocab := self.get_vocab()):
+            raise ValueError(f"{key} = {value!r} is no token of this tokenizer, which has {len(self):,}: take one of them, "
+                             f"such as <|extra_0|>, or make a new one by add_special_tokens({{{role!r}: {name!r}}}), "
+                             f"for which the model needs a new row.")
+        super().__setattr__(role, value if key == role else name)
+        known = self._added_tokens_decoder.get(vocab[name])
+        if known is None or not known.special:
+            self._add_tokens([_special(name)], special_tokens=True)
+
+    def add_special_tokens(self, special_tokens_dict, *args, **kwargs):
+        """As in transformers: tokens that are not there yet get new ids at the end. Returns how many did."""
+        before = len(self)
+        new = [t for k, t in special_tokens_dict.items() if k in self.SPECIAL_TOKENS_ATTRIBUTES]
+        self._add_tokens([t if isinstance(t, AddedToken) else _special(t) for t in new], special_tokens=True)
+        super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+        return len(self) - before
+
+    def _add_tokens(self, *args, **kwargs):
+        self._splitter = None
+        return super()._add_tokens(*args, **kwargs)
 
     # -- what transformers asks of a tokenizer --
 
@@ -1420,39 +1540,57 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         return self._decode([self.convert_tokens_to_ids(t) for t in tokens])
 
     def _pieces(self, text, split_special_tokens):
-        """The text as ids: (added token or None, ids) for each stretch of it."""
-        added = self._added_tokens_encoder
+        """The text in stretches: (added token or None, its begin, its end)."""
+        added = self._added_tokens_decoder
         if split_special_tokens or not added:
-            return [(None, self.vocabulary.encode(text).tolist())]
-        if self._splitter[0] != len(added):  # the base class's trie takes ten times as long as the walk
-            pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
-            self._splitter = (len(added), re.compile(f"({pattern})"))
-        parts = filter(None, self._splitter[1].split(text))
-        return [(p, [added[p]]) if p in added else (None, self.vocabulary.encode(p).tolist()) for p in parts]
+            return [(None, 0, len(text))]
+        if self._splitter is None:  # the base class's trie takes ten times as long as the walk
+            patterns = [_pattern(t) for t in sorted(added.values(), key=lambda t: -len(t.content))]
+            self._splitter = re.compile("|".join(patterns))
+        pieces, end = [], 0
+        for match in self._splitter.finditer(text):
+            pieces += [(None, end, match.start()), (match[0], *match.span())]
+            end = match.end()
+        return [(token, a, b) for token, a, b in [*pieces, (None, end, len(text))] if a < b]
+
+    def _piece_ids(self, text, token):
+        """Ids of a stretch; an added token that strips the white space beside it is longer than its name."""
+        if token is None:
+            return self.vocabulary.encode(text).tolist()
+        added = self._added_tokens_encoder
+        return [added[token] if token in added else added[max((t for t in added if t in token), key=len)]]
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         """The base class goes by way of token strings; this goes straight to ids, which it takes as they are."""
         split = kwargs.get("split_special_tokens", self.split_special_tokens)
-        stripping = any(t.lstrip or t.rstrip or t.single_word for t in self._added_tokens_decoder.values())
 
         def encode(item):
             if isinstance(item, str):
-                return [i for _, ids in self._pieces(item, split) for i in ids] or item
+                pieces = self._pieces(item, split)
+                return [i for token, a, b in pieces for i in self._piece_ids(item[a:b], token)] or item
             return type(item)(map(encode, item)) if isinstance(item, (list, tuple)) else item
 
-        if not (stripping or kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")):
+        if not (kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")):
             text, text_pair = encode(text), encode(text_pair)
         return super()._encode_plus(text, text_pair, **kwargs)
 
+    def _runs(self, ids, skip_special_tokens=False):
+        """The ids in stretches: (ids of the vocabulary, the added token behind them or None). A special token of the
+        vocabulary (eos_token may be one) is text, unless special tokens are skipped."""
+        n, added, start = self.vocabulary.n_ids, self._added_tokens_decoder, 0
+        ids = np.atleast_1d(np.asarray(ids, dtype=np.int64))
+        for at, i in enumerate(ids.tolist()):
+            if i >= n or (skip_special_tokens and i in added and added[i].special):
+                yield ids[start:at], added.get(i)
+                start = at + 1
+        yield ids[start:], None
+
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
-        ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64))
-        parts, start = [], 0
-        for i in [*np.flatnonzero(ids >= self.vocabulary.n_ids).tolist(), len(ids)]:
-            parts.append(self._decode_run(ids[start:i]))
-            token = self._added_tokens_decoder.get(int(ids[i])) if i < len(ids) else None
+        parts = []
+        for ids, token in self._runs(token_ids, skip_special_tokens):
+            parts.append(self._decode_run(ids))
             if token is not None and not (skip_special_tokens and token.special):
                 parts.append(token.content)
-            start = i + 1
         text = "".join(parts)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -1484,45 +1622,58 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
 
     def token_byte_lengths(self, ids):
         """Bytes of text each id stands for: see Vocabulary.token_byte_lengths. 0 for special tokens."""
-        return self.vocabulary.token_byte_lengths(ids)
+        lengths = [np.append(self.vocabulary.token_byte_lengths(run), 0) for run, _ in self._runs(ids)]
+        return np.concatenate(lengths)[:-1]
 
     def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask=False, **kwargs):
         """As in transformers, which gives return_assistant_tokens_mask to fast tokenizers only; here it works, too."""
         if not return_assistant_tokens_mask:
             return super().apply_chat_template(conversation, *args, **kwargs)
-        if not (kwargs.get("tokenize", True) and kwargs.get("return_dict", True)):
-            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        kwargs |= dict(zip(("tools", "documents", "chat_template", "add_generation_prompt"), args))
-        tensors = kwargs.pop("return_tensors", None)
-        out = super().apply_chat_template(conversation, **{**kwargs, "tokenize": True, "return_dict": True})
-        for name in ("tokenize", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"):
-            kwargs.pop(name, None)
+        kwargs = inspect.signature(super().apply_chat_template).bind(conversation, *args, **kwargs).arguments
+        kwargs |= kwargs.pop("kwargs", {})
+        if not (kwargs.pop("tokenize", True) and kwargs.pop("return_dict", True)):
+            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
+        if any(kwargs.pop(name, False) for name in ("continue_final_message", "sanitize_control_tokens")):
+            raise ValueError("return_assistant_tokens_mask=True goes with neither continue_final_message nor "
+                             "sanitize_control_tokens.")
+        if not len(conversation := kwargs.pop("conversation")):
+            raise ValueError("An empty conversation has no text: give at least one message.")
+        names = ("padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs")
+        call = {name: kwargs.pop(name) for name in names if name in kwargs}
+        tensors, options = call.pop("return_tensors", None), call.pop("tokenizer_kwargs", None) or {}
+        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         kwargs["chat_template"] = self.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
-        batched = not isinstance(conversation[0], dict)
         chats, spans = render_jinja_template(
             conversations=conversation if batched else [conversation],
             return_assistant_tokens_mask=True,
             **{**self.special_tokens_map, **kwargs},
         )
-        masks = [self._token_mask(chat, span) for chat, span in zip(chats, spans)]
-        for i, real in enumerate(out["attention_mask"] if batched else [out["attention_mask"]]):
+        call |= {"add_special_tokens": False} | options | {"return_attention_mask": True}
+        out, masks = self(chats, **call), []
+        for chat, span, real in zip(chats, spans, out["attention_mask"]):
+            mask = self._token_mask(chat, span, call.get("split_special_tokens", self.split_special_tokens))
             there = sum(real)  # less than the mask has where the chat was truncated
-            mask = iter(masks[i][len(masks[i]) - there :] if self.truncation_side == "left" else masks[i])
-            masks[i] = [next(mask) if r else 0 for r in real]
-        out["assistant_masks"] = masks if batched else masks[0]
+            mask = iter(mask[len(mask) - there :] if self.truncation_side == "left" else mask)
+            masks.append([next(mask) if r else 0 for r in real])
+        out["assistant_masks"] = masks
+        if not batched:
+            for name in out:
+                out[name] = out[name][0]
         return out.convert_to_tensors(tensors, prepend_batch_axis=not batched)
 
-    def _token_mask(self, text, spans):
+    def _token_mask(self, text, spans, split_special_tokens):
         """1 for each token of `text` that holds something of text[start:end], for any (start, end) of `spans`."""
-        lengths = []
-        for token, ids in self._pieces(text, False):
-            lengths += [len(token.encode())] if token else self.vocabulary.token_byte_lengths(ids).tolist()
-        ends = np.cumsum(lengths)
-        starts, mask = ends - lengths, np.zeros(len(ends), bool)
-        bits, charset = self.vocabulary.normalization, self.vocabulary.charset
-        for span in spans:
-            first, last = (len(_normalize(_as_bytes(text[:c], charset), bits, charset)) for c in span)
-            mask |= (starts < last) & ((ends > first) | (starts == first))  # a marker counts for what it marks
-        return mask.astype(int).tolist()
+        mask = []
+        for token, a, b in self._pieces(text, split_special_tokens):
+            inside = [(max(a, first) - a, min(b, last) - a) for first, last in spans if first < b and last > a]
+            if token:
+                mask += [bool(inside)]
+                continue
+            places, starts, ends = self.vocabulary.align(text[a:b], [c for span in inside for c in span])
+            held = np.zeros(len(starts), bool)
+            for first, last in zip(places[::2], places[1::2]):
+                held |= (starts < last) & (ends > first)
+            mask += held.tolist()
+        return [int(m) for m in mask]

@@ -107,6 +107,19 @@ def write_jsonl(path, rows):
     return path.parent
 
 
+def test_ids_above_65_535_are_scored_as_they_are():
+    vocabulary = tm.Vocabulary.from_tokens([], include="ascii")
+    entries = vocabulary._entries()
+    entries[b"a"][0], entries[b"b"][0] = 66_254, 66_255
+    tokenizer = tm.TokenMonsterTokenizer(vocabulary=vocabulary._rebuild(entries, []))
+    model = random_model(su.Shape(len(tokenizer), 16, 32, 1, 2, 1, 64), tokenizer).requires_grad_(False)
+    lm = se.StentorLM(model, tokenizer)
+    assert lm.tok_encode("ab") == [66_254, 66_255] and lm.requests_of([("a", "b")])[0].whole == [66_254, 66_255]
+    [(score, _)] = lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
+    expected = model(torch.tensor([[66_254]])).logits[0, -1].log_softmax(-1)[66_255]
+    assert score == pytest.approx(float(expected), abs=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- scores
 
 @pytest.mark.parametrize("which", ["written", "blimp"])

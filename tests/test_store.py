@@ -98,6 +98,72 @@ def test_a_store_of_another_tokenizer_is_refused(tiny, tmp_path):
                           shard_tokens=20_000)
 
 
+def wide_tokenizer(kind, highest):
+    """A tokenizer with a hole in its ids: its tokens a and b have the two highest."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    import tokenmonster_hf as tm
+    if kind == "ours":
+        vocabulary = tm.Vocabulary.from_tokens([], include="ascii")
+        entries = vocabulary._entries()
+        entries[b"a"][0], entries[b"b"][0] = highest - 1, highest
+        return tm.TokenMonsterTokenizer(vocabulary=vocabulary._rebuild(entries, []), pad_to_multiple=1)
+    fast = Tokenizer(models.WordLevel({"</s>": 0, "[UNK]": 1, "a": highest - 1, "b": highest}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["ours", "fast"])
+@pytest.mark.parametrize("highest", [66_255, 65_530])
+def test_no_id_is_narrowed(kind, highest, tmp_path):
+    tokenizer = wide_tokenizer(kind, highest)
+    ids, offsets = su.encode_documents(tokenizer, ["ab", "b"])
+    assert ids.tolist() == [highest - 1, highest, highest] and offsets.tolist() == [0, 2, 3]
+    (tmp_path / "ab.jsonl").write_text(json.dumps({"text": "abab"}) + "\n" + json.dumps({"text": "ba" * 500}) + "\n")
+    source, store, folder = su.Source("ab", str(tmp_path / "ab.jsonl")), tmp_path / "tokens", tmp_path / "tokenizer"
+    arguments = dict(tokens_per_source={"ab": 900}, validation_documents=1, shard_tokens=2000)
+    tokenizer.save_pretrained(folder)
+    rows = highest + (3 if kind == "ours" else 1)      # ours has EOS and BOS behind the vocabulary
+    assert su.vocabulary_rows(tokenizer) == rows
+    if highest < 1 << 16:
+        assert su.tokenizer_problem(folder) is None
+        su.prepare_tokens([source], tokenizer, store, **arguments)
+        assert set(np.fromfile(store / "ab" / "train-00000.bin", "<u2").tolist()) == {
+            highest - 1, highest, tokenizer.eos_token_id}
+        assert json.loads((store / "manifest.json").read_text())["vocab_size"] == rows
+        return
+    with pytest.raises(su.ParameterError, match=f"ids up to {rows - 1:,}, but a token store keeps 16 bits") as refused:
+        su.prepare_tokens([source], tokenizer, store, **arguments)
+    assert len(refused.value.problems) == 1 and not store.exists()
+    assert f"ids up to {rows - 1:,}" in su.tokenizer_problem(folder)
+
+
+def test_a_store_knows_the_eos_it_was_made_with(tiny):
+    other = su.load_tokenizer(tiny.tokenizer_dir)
+    other.eos_token = "<|extra_1|>"                    # the same vocabulary, so the same hash
+    with pytest.raises(su.ParameterError, match="another eos_token_id"):
+        su.prepare_tokens([tiny.source], other, tiny.store_dir, tokens_per_source={"topics": 60_000},
+                          validation_documents=4, shard_tokens=20_000)
+    with pytest.raises(su.ParameterError, match="end in the id"):
+        su.train(tiny.recipe, su.TokenStore(tiny.store_dir, tiny.recipe), tiny.folder / "other-eos", tokenizer=other)
+    no_end = wide_tokenizer("fast", 100)
+    no_end.eos_token = None
+    assert "no EOS" in su.store_problems(no_end)[0]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {"vocab": 3}}', '{"added_tokens": [{"content": "a"}]}', "{}"])
+def test_a_damaged_tokenizer_folder_is_said_so(text, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert "is damaged" in su.tokenizer_problem(tmp_path)
+
+
+def test_as_many_sources_as_one_likes(tiny):
+    names = [f"s{i}" for i in range(300)]
+    recipe = dataclasses.replace(tiny.recipe, sources=tuple(su.Source(name, "x.txt") for name in names), token_budget=10**6)
+    assert set(su.plan_sources(recipe)) == set(range(300))
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet", ".txt"])
 def test_sources_read_from_any_row(tmp_path, ending):
     texts = [f"document {i}\nwith lines" for i in range(25)]

@@ -2,6 +2,8 @@
 import json
 import math
 import re
+import time
+import types
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from notebook_functions import ROOT, load_functions
-from tokenmonster_hf import Vocabulary
+from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
 
 NOTEBOOK = load_functions("01_tokenizer")
 MODES = ("clean", "balanced", "consistent", "strict")
@@ -289,3 +291,32 @@ def test_the_bpe_of_the_v1_twins_decodes_what_it_encodes():
     text = "The caf\u00e9's results, (in 3 lines):\n  don't\n"
     bpe = NOTEBOOK["train_bpe"]([text * 20, "more text to merge " * 50], 270)
     assert bpe.decode(bpe.encode(text).ids) == text and bpe.get_vocab_size() == 270
+
+
+def code_cells():
+    cells = json.loads((ROOT / "notebooks" / "01_tokenizer.ipynb").read_text())["cells"]
+    return {cell["id"]: "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"}
+
+
+@pytest.mark.parametrize("kind", ["build", "bpe"])
+def test_the_tokenizer_is_saved_before_anything_is_compared(kind, tmp_path):
+    """The cells from the vocabulary to the one that makes the tokenizer, and none behind it."""
+    import stentor_utils
+
+    cells = code_cells()
+    order, last = list(cells), {"build": "save-run", "bpe": "train-bpe"}[kind]
+    assert order.index("get") < order.index(last) < min(map(order.index, ("segments-show", "measure-run", "sizes-chart")))
+    texts, (vocabulary, report) = TRAINING[:40], build(TRAINING[:40], 400)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")  # of an earlier run that made a tokenizer of the other kind
+    values = {**NOTEBOOK, "time": time, "run_folder": tmp_path, "training": texts, "vocabulary": vocabulary, "build": report,
+              "vocabulary_name": kind, "mode_name": "strict", "vocab_size": 512, "SEED": 1, "say": print,
+              "recipe": types.SimpleNamespace(name="tiny"), "TokenMonsterTokenizer": TokenMonsterTokenizer}
+    for name in order[order.index("save-run"):order.index(last) + 1]:
+        exec(cells[name], values)
+    saved = json.loads((folder / "report.json").read_text())
+    tokenizer = stentor_utils.load_tokenizer(folder)
+    assert saved["vocab_size"] == len(tokenizer) and saved["vocabulary"] == kind and saved["build_finished"]
+    assert (folder / "tokenizer.json").exists() == (kind == "bpe") == (not (folder / "tokenmonster.vocab").exists())
+    assert tokenizer.decode(tokenizer("the end</s>").input_ids).endswith("</s>") and tokenizer.padding_side == "left"
