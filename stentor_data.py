@@ -372,14 +372,9 @@ def _local_files(source: Source) -> dict[str, int]:
                                   "Unpack or convert it."])
         return {str(path): path.stat().st_size}
     visible = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
-    files, others = [], set()
-    for p in visible:
-        if _is_data(p.name):
-            files.append(p)
-        else:
-            others.add(p.suffix or p.name)
+    files = [p for p in visible if _is_data(p.name)]
     if not files:
-        there = f" (there: {', '.join(sorted(others)[:8])})" if others else ""
+        there = f" (there: {', '.join(p.name for p in visible[:5])})" if visible else ""
         raise ParameterError([f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
                               f"with some{there}; nor does it begin with local: or hf:. What can be read: {_READABLE}."])
     # The endings that were read first come first: cursors of stores from then count the files in this order.
@@ -415,16 +410,16 @@ def _blocks(file):
     yield decoder.decode(b"", final=True)
 
 
-def _lines(blocks):
-    """Lines without their ends. Not str.splitlines, which also splits at the U+2028, U+0085 and form feeds inside a text.
+def _split(blocks, separator: str):
+    """What stands between the separators; nothing behind a last one. What is over _LONGEST_ROW comes cut, and longer than that.
 
-    A line over _LONGEST_ROW comes cut, and longer than that.
+    Lines are split at "\n". Not by str.splitlines, which also splits at the U+2028, U+0085 and form feeds inside a text.
     """
     rest = ""
     for block in blocks:
-        first, *others = block.split("\n")
-        if len(rest) <= _LONGEST_ROW:
-            rest += first
+        searched = max(0, len(rest) - len(separator) + 1)                # a separator may lie on the border of two blocks
+        first, *others = (rest[searched:] + block).split(separator)
+        rest = rest[:min(searched, _LONGEST_ROW + 1)] + first
         if others:
             yield rest
             rest = others.pop()
@@ -444,7 +439,7 @@ def _json(text: str):
 
 
 def _json_lines(blocks, pick, start: int):
-    for row, line in enumerate(_lines(blocks)):
+    for row, line in enumerate(_split(blocks, "\n")):
         if row >= start and line and not line.isspace():
             yield row + 1, pick(_json(line))
 
@@ -542,7 +537,7 @@ def _csv_records(lines, delimiter: str):
 
 
 def _csv_rows(blocks, name: str, field: str | None, start: int):
-    lines = _lines(blocks)
+    lines = _split(blocks, "\n")
     first = next((line for line in lines if line.strip()), "")
     delimiter = "\t" if _format(name)[0] == "tsv" else max(",;\t", key=first.count)
     records = _csv_records(itertools.chain([first], lines), delimiter)
@@ -558,40 +553,32 @@ def _csv_rows(blocks, name: str, field: str | None, start: int):
 _SEPARATORS = re.compile(r"^[ \t]*<\|doc\|>[ \t]*$|<\|endoftext\|>", re.MULTILINE)
 
 
-def _txt_documents(blocks, start: int):
-    """Documents of a .txt: a line <|doc|> stands between two, or <|endoftext|> anywhere if no such line is near the first.
+def _between_lines(lines, separator: str):
+    """The lines between those that are the separator, joined; nothing where two separators meet or one is first or last."""
+    size, parts = 0, []
+    for line in itertools.chain(lines, [separator]):
+        if line.strip(" \t\ufeff") != separator:
+            if size <= _LONGEST_ROW:
+                parts.append(line)
+            size += len(line) + 1
+        elif parts:
+            yield "\n".join(parts)
+            size, parts = 0, []
 
-    A separator at either end of the file bounds no further document.
-    """
+
+def _txt_documents(blocks, start: int):
+    """Documents of a .txt: a line <|doc|> stands between two, or <|endoftext|> anywhere if no such line is near the first."""
     head = ""
     while not _SEPARATORS.search(head) and len(head) <= _LONGEST_ROW and (block := next(blocks, None)) is not None:
         head += block
-    found = {match[0].strip() for match in _SEPARATORS.finditer(head)}
-    inline = found == {"<|endoftext|>"}
-
-    def pieces():                                     # None: a separator
-        for line in _lines(itertools.chain([head], blocks)):
-            first, *others = line.split("<|endoftext|>") if inline else [line]
-            yield None if first.strip(" \t\ufeff") == "<|doc|>" and not inline else first
-            for other in others:
-                yield None
-                yield other
-        yield None
-
-    row, size, parts = 0, 0, []
-    for piece in pieces():
-        if piece is not None:
-            if size <= _LONGEST_ROW:
-                parts.append(piece)
-            size += len(piece) + 1
-            continue
-        text = "\n".join(parts).removeprefix("\ufeff")
-        text = text.strip("\n") if inline else text
-        if text or (parts and not inline):
-            row += 1
-            if row > start:
-                yield row, _TOO_LONG if size > _LONGEST_ROW else text
-        size, parts = 0, []
+    found, blocks = {match[0].strip() for match in _SEPARATORS.finditer(head)}, itertools.chain([head], blocks)
+    if found == {"<|endoftext|>"}:
+        texts = filter(None, (text.strip("\n") for text in _split(blocks, "<|endoftext|>")))
+    else:
+        texts = _between_lines(_split(blocks, "\n"), "<|doc|>")
+    for row, text in enumerate(texts):
+        if row >= start:
+            yield row + 1, _TOO_LONG if len(text) > _LONGEST_ROW else text.removeprefix("\ufeff")
 
 
 def _column(name: str, field: str, columns: list[str]) -> int:
