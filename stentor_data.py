@@ -5,10 +5,14 @@
 from __future__ import annotations
 
 import ast
+import codecs
+import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -124,7 +128,9 @@ class Source:
     """Where documents come from.
 
     path: "local:prose" | "local:code" | "local:math" (read from the installed Python), "hf:owner/dataset" (the hub),
-    or a file or folder of .jsonl, .parquet or .txt. `revision` pins a hub dataset; `weight` is relative.
+    or a file or folder of them: .jsonl or .ndjson, .json (an array, an object or lines), .csv, .tsv, .txt, all of these also
+    as .gz, .bz2, .xz, .zst or .lz4; .parquet, .arrow. In a .txt a line <|doc|>, or <|endoftext|> anywhere, stands between
+    two documents. Hidden files and folders are not read. `revision` pins a hub dataset; `weight` is relative.
     """
     name: str
     path: str
@@ -329,13 +335,7 @@ def source_files(source: Source, **reading) -> dict[str, int]:
     Raises ParameterError when there are none, or when a hub dataset has no such config or split.
     """
     if not source.path.startswith("hf:"):
-        path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
-        files = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt"))
-                       ) if path.is_dir() else [path]
-        if not files or not all(p.is_file() for p in files):
-            raise ParameterError([f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
-                                  "with some; nor does it begin with local: or hf:."])
-        return {str(p): p.stat().st_size for p in files}
+        return _local_files(source)
     source, sizes, configs = pin_revision(source, **reading), {}, {}
     page = f"api/datasets/{source.path[3:]}/tree/{source.revision}?recursive=true"
     while page:
@@ -351,7 +351,7 @@ def source_files(source: Source, **reading) -> dict[str, int]:
                 configs[str(item.get("config_name", "default"))] = item["data_files"]
                 if item.get("default"):
                     configs["default"] = item["data_files"]
-    names = sorted(name for name in sizes if name.endswith((".parquet", ".jsonl", ".jsonl.gz")))
+    names = sorted(name for name in sizes if _is_data(name))
     config = source.config or (next(iter(configs)) if len(configs) == 1 else "default")
     if config in configs:
         globs, tokens = [], {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}     # as `datasets` reads them
@@ -368,67 +368,409 @@ def source_files(source: Source, **reading) -> dict[str, int]:
                      or [name for name, path in zip(names, near[1:]) if near[0] in path])
         in_split = [name for name in names if source.split in re.split("[^a-z]+", name.lower())]
         names = in_split or (names if source.split == "train" else [])
+    # As `datasets` has it a config is of one kind: notes and tables beside its .parquet or .jsonl are not its documents.
+    names = [name for name in names if _format(name)[0] in ("parquet", "jsonl", "ndjson")] or names
     if not names:
-        raise ParameterError([f"source {source.name}: {source.path} has no .parquet or .jsonl file for config {config}, split "
-                              f"{source.split}; its card lists the configs: {', '.join(configs) or 'none'}."])
+        raise ParameterError([f"source {source.name}: {source.path} has no file that can be read for config {config}, split "
+                              f"{source.split}; its card lists the configs: {', '.join(configs) or 'none'}. "
+                              f"What can be read: {_READABLE}."])
     return {name: sizes[name] for name in names}
 
 
-def _rows(file, name: str, text_field: str, start: int):
-    """The text field, or with None the dict, of each row of an open .jsonl / .parquet / .txt file from row `start` on.
+# How the files are written, and one reader for each way. A reader yields (number of the next row, value) from row `start` on
+# and holds a few megabytes, however long the file is.
+_LONGEST_ROW = 32 << 20                               # characters: one line, element, record or document of a .txt
+_PACKINGS = ("gz", "bz2", "xz", "zst", "lz4")
+_FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt", "parquet", "arrow")
+_READABLE = f".{', .'.join(_FORMATS[:6])}, these also packed as .{', .'.join(_PACKINGS)}; .parquet, .arrow"
+_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",    # datasets.data_files'
+             "state.json")                            # FILES_TO_IGNORE, and what save_to_disk writes beside its .arrow
+# Bytes that are not of the file's encoding become a lone surrogate, and their document is counted as invalid.
+codecs.register_error("lone_surrogate", lambda error: ("\ud800", error.end))
 
-    Bytes that are no UTF-8 come out as lone surrogates, so that the document is counted and skipped as such.
-    """
-    if name.endswith(".parquet"):
-        import pyarrow.parquet as pq
-        parquet, row = pq.ParquetFile(file), 0
-        if text_field is not None and text_field not in parquet.schema_arrow.names:
-            raise ParameterError([f"{name} has no column {text_field!r}; its columns: {parquet.schema_arrow.names}."])
-        for group in range(parquet.num_row_groups):
-            size = parquet.metadata.row_group(group).num_rows
-            if row + size > start and text_field is None:
-                yield from parquet.read_row_group(group).slice(max(0, start - row)).to_pylist()
-            elif row + size > start:
-                values = parquet.read_row_group(group, columns=[text_field]).column(0)
-                for value in values[max(0, start - row):]:
-                    try:
-                        text = value.as_py()
-                    except UnicodeDecodeError:
-                        text = value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
-                    yield text
-            row += size
-    elif name.endswith(".txt"):                       # documents are separated by a line of their own: <|doc|>
-        for text in file.read().decode("utf-8", "surrogateescape").split("\n<|doc|>\n")[start:]:
-            yield text
-    else:
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands in a stream for a row that cannot be read; `reason` is what it is counted as."""
+    reason: str
+
+
+_TOO_LONG = BadRow(f"longer than {_LONGEST_ROW:,} characters")
+
+
+def _format(name: str) -> tuple[str, str]:
+    """(one of _FORMATS, one of _PACKINGS or "") by the name's endings; ("", "") for what cannot be read."""
+    endings = ["", *re.split(r"[/\\]", name.lower())[-1].split(".")[1:]]
+    packing = endings.pop() if endings[-1] in _PACKINGS else ""
+    if endings[-1] not in _FORMATS or (packing and endings[-1] in ("parquet", "arrow")):
+        return "", ""
+    return endings[-1], packing
+
+
+def _is_hidden(name: str) -> bool:
+    """.git, .ipynb_checkpoints, ._text.txt, __MACOSX and their like."""
+    return any(part.startswith((".", "__")) for part in name.split("/"))
+
+
+def _is_data(name: str) -> bool:
+    return bool(_format(name)[0]) and not _is_hidden(name) and name.rpartition("/")[2].lower() not in _NOT_DATA
+
+
+def _local_files(source: Source) -> dict[str, int]:
+    """source_files of a file, a folder or an embedded corpus."""
+    path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
+    if path.is_file():
+        if not _format(path.name)[0]:
+            raise ParameterError([f"source {source.name}: {path} cannot be read; what can be: {_READABLE}. "
+                                  "Unpack or convert it."])
+        return {str(path): path.stat().st_size}
+    visible = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
+    files = [p for p in visible if _is_data(p.name)]
+    if not files:
+        there = f" (there: {', '.join(p.name for p in visible[:5])})" if visible else ""
+        raise ParameterError([f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
+                              f"with some{there}; nor does it begin with local: or hf:. What can be read: {_READABLE}."])
+    # The endings that were read first come first: cursors of stores from then count the files in this order.
+    files.sort(key=lambda p: not p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")))
+    return {str(p): p.stat().st_size for p in files}
+
+
+def _unpacked(file, packing: str):
+    """An open file as it was before gzip, bzip2, ... packed it."""
+    if packing == "gz":
         import gzip
-        lines = gzip.open(file) if name.endswith(".gz") else file
-        for row, line in enumerate(lines):
-            if row >= start:
-                try:
-                    row_ = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-                    yield row_ if text_field is None else row_.get(text_field)
-                except (ValueError, AttributeError):
-                    yield None
+        return gzip.open(file)
+    if packing == "bz2":
+        import bz2
+        return bz2.open(file)
+    if packing == "xz":
+        import lzma
+        return lzma.open(file)
+    if packing:
+        import pyarrow as pa
+        return pa.input_stream(file, compression={"zst": "zstd"}.get(packing, packing))
+    return file
+
+
+def _blocks(file):
+    """The text of an open file, a megabyte at a time: in the encoding that its first bytes tell, every line end as \\n."""
+    block = file.read(1 << 20)
+    decoder = codecs.getincrementaldecoder(json.detect_encoding(block))("lone_surrogate")
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+    while block:
+        yield decoder.decode(block)
+        block = file.read(1 << 20)
+    yield decoder.decode(b"", final=True)
+
+
+def _split(blocks, separator: str):
+    """What stands between the separators; nothing behind a last one. What is over _LONGEST_ROW comes cut, and longer than that.
+
+    Lines are split at "\n". Not by str.splitlines, which also splits at the U+2028, U+0085 and form feeds inside a text.
+    """
+    rest = ""
+    for block in blocks:
+        searched = max(0, len(rest) - len(separator) + 1)                # a separator may lie on the border of two blocks
+        first, *others = (rest[searched:] + block).split(separator)
+        rest = rest[:min(searched, _LONGEST_ROW + 1)] + first
+        if others:
+            yield rest
+            rest = others.pop()
+            yield from others
+    if rest:
+        yield rest
+
+
+def _json(text: str):
+    """A JSON value; None for what is none: broken, cut off, or nested deeper than Python goes."""
+    if len(text) > _LONGEST_ROW:
+        return _TOO_LONG
+    try:
+        return json.loads(text.removeprefix("\ufeff"), strict=False)      # not strict: a bare tab in a string is a tab
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_lines(blocks, pick, start: int):
+    for row, line in enumerate(_split(blocks, "\n")):
+        if row >= start and line and not line.isspace():
+            yield row + 1, pick(_json(line))
+
+
+_JSON_PARTS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[{]|[\]}]|,', re.DOTALL)
+
+
+def _json_values(blocks, base: int):
+    """The text of each element of an array (base 1), or of each of several objects one after the other (base 0).
+
+    Only strings, brackets and commas are looked at: an element that is no JSON does not stop it. Raises ValueError where the
+    file ends inside of one, or one is too long.
+    """
+    text, place, begin, depth = "", 0, 0, 0
+    for block in blocks:
+        text, place, begin = text[begin:] + block, place - begin, 0
+        if len(text) > _LONGEST_ROW + len(block):
+            raise ValueError(f"a value is {_TOO_LONG.reason}")
+        while part := _JSON_PARTS.search(text, place):
+            if part[0][0] == '"' and not part[1]:     # a string that goes on in the next block
+                break
+            place, sign = part.end(), part[0]
+            ended = depth == base == 1 and sign == ","
+            if sign in "[{":
+                depth += 1
+                if depth == base:
+                    begin = place
+            elif sign in "]}":
+                depth -= 1
+                if base and depth == 0 and not text[begin:part.start()].strip():
+                    begin = place                     # an empty array
+                else:
+                    ended = depth == 0
+            if ended:
+                yield text[begin:part.start() if base else place]
+                begin = place
+        place = part.start() if part else len(text)
+    if depth or text[begin:].strip():
+        raise ValueError("the file ends inside a value")
+
+
+def _json_rows(blocks, pick, start: int):
+    """The rows of a .json: an array's elements; an object, or several; or JSON lines, which many files of the name hold."""
+    head = next(blocks)
+    begin = head.lstrip()
+    blocks = itertools.chain([head], blocks)
+    if begin[:1] != "[" and isinstance(_json(begin.partition("\n")[0]), dict):
+        yield from _json_lines(blocks, pick, start)
+        return
+    for row, text in enumerate(_json_values(blocks, int(begin[:1] == "["))):
+        if row >= start:
+            yield row + 1, pick(_json(text))
+
+
+def _csv_records(lines, delimiter: str):
+    """The fields of each record, the header first; None for a record that is unlike the header.
+
+    A quote that opens and is never closed would swallow the records behind it: where the rules are broken, only the first
+    line is taken as it stands, and the next one begins a record again.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_ROW))
+    waiting, taken, width = [], [], None
+
+    def feed():
+        while (line := waiting.pop() if waiting else next(lines, None)) is not None:
+            taken.append(line)
+            yield line + "\n"
+
+    def fitting(fields):
+        while width and len(fields) > width and not fields[-1]:
+            fields = fields[:-1]                      # commas at the end
+        return fields if len(fields) == (width or len(fields)) else None
+
+    reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+    while True:
+        taken.clear()
+        try:
+            fields = next(reader, None)
+            record = fields and fitting(fields)
+            broken = fields and not record and len(taken) > 1
+        except csv.Error:
+            fields, record, broken = taken, None, True
+        if broken:
+            line, *rest = taken
+            waiting += reversed(rest)
+            reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+            for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL):
+                with contextlib.suppress(csv.Error, StopIteration):
+                    record = record or fitting(next(csv.reader([line], delimiter=delimiter, quoting=quoting)))
+        if fields is None:
+            return
+        if fields:                                    # an empty line is no record
+            width = width or len(fields)
+            yield record
+
+
+def _csv_rows(blocks, name: str, field: str | None, start: int):
+    lines = _split(blocks, "\n")
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = "\t" if _format(name)[0] == "tsv" else max(",;\t", key=first.count)
+    records = _csv_records(itertools.chain([first], lines), delimiter)
+    header = next(records, None) or []
+    if field is not None:
+        at = _column(name, field, header)
+    for row, record in enumerate(records):
+        if row >= start:
+            value = record and (dict(zip(header, record)) if field is None else record[at])
+            yield row + 1, BadRow("unlike the header") if record is None else value
+
+
+_SEPARATORS = re.compile(r"^[ \t]*<\|doc\|>[ \t]*$|<\|endoftext\|>", re.MULTILINE)
+
+
+def _between_lines(lines, separator: str):
+    """The lines between those that are the separator, joined; nothing where two separators meet or one is first or last."""
+    size, parts = 0, []
+    for line in itertools.chain(lines, [separator]):
+        if line.strip(" \t\ufeff") != separator:
+            if size <= _LONGEST_ROW:
+                parts.append(line)
+            size += len(line) + 1
+        elif parts:
+            yield "\n".join(parts)
+            size, parts = 0, []
+
+
+def _txt_documents(blocks, start: int):
+    """Documents of a .txt: a line <|doc|> stands between two, or <|endoftext|> anywhere if no such line is near the first."""
+    head = ""
+    while not _SEPARATORS.search(head) and len(head) <= _LONGEST_ROW and (block := next(blocks, None)) is not None:
+        head += block
+    found, blocks = {match[0].strip() for match in _SEPARATORS.finditer(head)}, itertools.chain([head], blocks)
+    if found == {"<|endoftext|>"}:
+        texts = filter(None, (text.strip("\n") for text in _split(blocks, "<|endoftext|>")))
+    else:
+        texts = _between_lines(_split(blocks, "\n"), "<|doc|>")
+    for row, text in enumerate(texts):
+        if row >= start:
+            yield row + 1, _TOO_LONG if len(text) > _LONGEST_ROW else text.removeprefix("\ufeff")
+
+
+def _column(name: str, field: str, columns: list[str]) -> int:
+    if field not in columns:
+        listed = ", ".join(str(column)[:60] for column in columns[:20]) or "none"
+        raise ParameterError([f"{name} has no column {field!r}; its columns: {listed}. Set text_field to one of them, or "
+                              "take the file out of the source's folder."])
+    return columns.index(field)
+
+
+def _arrow_rows(batches, field: str | None, row: int, start: int):
+    """Rows of pyarrow record batches, the first of them row number `row`."""
+    for batch in batches:
+        values = batch.to_struct_array() if field is None else batch.column(batch.schema.names.index(field))
+        for i in range(max(0, start - row), len(values)):
+            try:
+                value = values[i].as_py()
+            except UnicodeDecodeError:
+                value = BadRow("invalid UTF-8")
+            except (ValueError, OverflowError):       # a date that Python does not have
+                value = None
+            yield row + i + 1, value
+        row += len(values)
+
+
+def _parquet_rows(file, name: str, field: str | None, start: int):
+    """A row group may be as large as the file: its pages are read a few at a time, and as many rows as make about 4 MB."""
+    import pyarrow.parquet as pq
+    parquet = pq.ParquetFile(file, buffer_size=4 << 20, pre_buffer=False)
+    if field is not None:
+        _column(name, field, parquet.schema_arrow.names)
+    row = 0
+    for group in range(parquet.num_row_groups):
+        about = parquet.metadata.row_group(group)
+        if row + about.num_rows > start:
+            chunks = [about.column(i) for i in range(about.num_columns)]
+            size = sum(chunk.total_uncompressed_size for chunk in chunks
+                       if field in (None, chunk.path_in_schema.partition(".")[0]))
+            rows = min(max(1, (4 << 20) * about.num_rows // max(size, 1)), 256)
+            batches = parquet.iter_batches(rows, [group], field if field is None else [field], use_threads=False)
+            yield from _arrow_rows(batches, field, row, start)
+        row += about.num_rows
+
+
+def _arrow_file_rows(file, name: str, field: str | None, start: int):
+    import pyarrow as pa
+    magic = file.read(6)
+    file.seek(0)
+    if magic == b"ARROW1":
+        reader = pa.ipc.open_file(file)
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    else:                                             # as datasets' save_to_disk writes it
+        batches = reader = pa.ipc.open_stream(file)
+    if field is not None:
+        _column(name, field, reader.schema.names)
+    yield from _arrow_rows(batches, field, 0, start)
+
+
+class _Fields:
+    """Takes the text field from rows that may each have other fields, and knows what stands there if none has it."""
+
+    def __init__(self, source: Source, found: bool):
+        self.source, self.found, self.names, self.rows = source, found or source.text_field is None, {}, 0
+
+    def pick(self, row):
+        field = self.source.text_field
+        if field is None or row is None or isinstance(row, BadRow):
+            return row
+        if isinstance(row, dict) and field in row:
+            self.found = True
+            return row[field]
+        if not self.found:
+            self.names |= dict.fromkeys(row if isinstance(row, dict) else [f"none, a row is of type {type(row).__name__}"])
+            self.rows += 1
+            if self.rows == 1000:
+                raise ParameterError([self.problem()])
+
+    def problem(self) -> str:
+        listed = ", ".join(name[:60] for name in list(self.names)[:20])
+        return (f"source {self.source.name}: no row of {self.source.path} has a field {self.source.text_field!r}; the fields "
+                f"there: {listed}. Set text_field to one of them.")
+
+
+def _rows(file, name: str, field: str | None, fields: _Fields, start: int):
+    """(number of the next row, the text field of the row or with None the dict) of an open file from row `start` on."""
+    kind, packing = _format(name)
+    if kind == "parquet":
+        yield from _parquet_rows(file, name, field, start)
+        return
+    if isinstance(file, HubFile):
+        file = io.BufferedReader(file, 4 << 20)
+    if kind == "arrow":
+        yield from _arrow_file_rows(file, name, field, start)
+        return
+    blocks = _blocks(_unpacked(file, packing))
+    if kind == "txt":
+        yield from _txt_documents(blocks, start)
+    elif kind == "json":
+        yield from _json_rows(blocks, fields.pick, start)
+    elif kind in ("csv", "tsv"):
+        yield from _csv_rows(blocks, name, field, start)
+    else:
+        yield from _json_lines(blocks, fields.pick, start)
+
+
+def source_problems(source: Source) -> list[str]:
+    """What is wrong with a source on this machine, as far as the beginnings of its files tell; [] for the hub's."""
+    if source.path.startswith("hf:"):
+        return []
+    try:
+        files = list(source_files(source))
+        first = [dataclasses.replace(source, path=name) for name in files
+                 if _format(name)[0] in ("csv", "tsv", "parquet", "arrow")]
+        for part in [source, *(first if len(files) > 1 else [])]:
+            with contextlib.suppress(SourceError):    # damaged: what stands before the damage is read first
+                next((value for value, _ in itertools.islice(documents(part), 1000) if value is not None), None)
+    except ParameterError as error:
+        return error.problems
+    return []
 
 
 def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sleep=time.sleep, deadline: float | None = None):
-    """Stream a source: yields (text or whatever the row holds, cursor of the next row).
+    """Stream a source: yields (text or whatever the row holds, cursor of the next row); None or BadRow for an unreadable row.
 
     A hub dataset is read at one commit from first to last; a failed request is tried again (see `_hub_get`), and so is a
     file that arrives damaged, from the same row on: nothing is lost or repeated. Raises SourceError when that does not help.
     """
     reading = {"tries": tries, "sleep": sleep, "deadline": deadline}
-    hub, failures, cursor = source.path.startswith("hf:"), 0, dict(cursor or {"file": 0, "row": 0})
+    start = {"file": 0, "row": 0}
+    hub, failures, cursor = source.path.startswith("hf:"), 0, dict(cursor or start)
+    fields = _Fields(source, found=cursor != start)
     source = pin_revision(source, **reading)
     files = list(source_files(source, **reading).items())
     while cursor["file"] < len(files):
         name, size = files[cursor["file"]]
         try:
-            file = HubFile(source, name, size, **reading) if hub else open(name, "rb")
-            with file if name.endswith(".parquet") or not hub else io.BufferedReader(file, 4 << 20) as file:
-                for value in _rows(file, name, source.text_field, cursor["row"]):
-                    cursor, failures = {"file": cursor["file"], "row": cursor["row"] + 1}, 0
+            with HubFile(source, name, size, **reading) if hub else open(name, "rb") as file:
+                for row, value in _rows(file, name, source.text_field, fields, cursor["row"]):
+                    cursor, failures = {"file": cursor["file"], "row": row}, 0
                     yield value, cursor
             cursor = {"file": cursor["file"] + 1, "row": 0}
         except ParameterError:
@@ -444,13 +786,17 @@ def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sle
                                   "without one needs another `revision` and a new folder.") from error
             print(f"{problem}; reading it again ({failures} of 2)", flush=True)
             sleep(2 ** failures)
+    if not fields.found and fields.names:
+        raise ParameterError([fields.problem()])
 
 
 def clean_documents(source: Source, cursor: dict | None = None, longest_document: int = 2_000_000, **reading):
     """Stream a source cleaned: yields (text, None, cursor), or (None, why the row is skipped, cursor)."""
     for value, cursor in documents(source, cursor, **reading):
         reason, text = None, None
-        if not isinstance(value, str):
+        if isinstance(value, BadRow):
+            reason = value.reason
+        elif not isinstance(value, str):
             reason = "null" if value is None else "not a string"
         elif len(value) > longest_document:
             reason = f"longer than {longest_document:,} characters"
@@ -577,25 +923,28 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; go on where an earlier call stopped.
 
     tokens_per_source: {source.name: tokens wanted}; a source that ends earlier is used whole (and for more epochs).
-    The first `validation_documents` good documents of each source are its validation text and never enter training.
+    The first `validation_documents` good documents of each source are its validation text and never enter training, nor does
+    a training document of any of the sources that is equal to one of them (counted as "also in validation").
     Documents that are null, empty, not a string, invalid UTF-8 or longer than `longest_document` characters are skipped
     and counted. Writes manifest.json (atomically, after each shard): tokenizer hash, sources, counts of documents,
     tokens and UTF-8 bytes of the cleaned text, sha256 of each shard, and the cursor to go on from. A hub source is read at
     the commit in its entry's `revision`, now and in every later call. `reading`: tries, sleep and deadline of `documents`.
     after_shard(number of shards) is called after each one and may wait.
-    Raises ParameterError when the folder holds a store of another tokenizer, other sources or another revision, and when
-    the tokenizer's ids do not fit a store (`store_problems`).
+    Raises ParameterError when the folder holds a store of another tokenizer, other sources or another revision, when the
+    tokenizer's ids do not fit a store (`store_problems`), and before anything is written when a source cannot be read or has
+    too few documents.
     """
     if problems := store_problems(tokenizer):
         raise ParameterError(problems)
     store_dir = Path(store_dir)
     manifest_path = store_dir / "manifest.json"
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {"sources": {}}
     fingerprint = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "validation_documents": validation_documents,
                    "shard_tokens": shard_tokens,
                    "sources": [{k: v for k, v in dataclasses.asdict(s).items() if k not in ("weight", "revision")}
                                for s in sources]}
-    if manifest_path.exists():
-        manifest = json.loads(manifest_path.read_text())
+    begun = {name: entry for name, entry in manifest["sources"].items() if entry["shards"]}
+    if begun:                                         # else: what a call left that came to nothing binds nobody
         there = manifest["fingerprint"] | {"eos_token_id": manifest["eos_token_id"]}
         for key, value in (fingerprint | {"eos_token_id": tokenizer.eos_token_id}).items():
             if there[key] != value:
@@ -603,20 +952,84 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
                                       f"({str(there[key])[:60]} there, {str(value)[:60]} wanted); "
                                       "choose another folder or delete it."])
     else:
-        store_dir.mkdir(parents=True, exist_ok=True)
         manifest = {"fingerprint": fingerprint, "vocab_size": vocabulary_rows(tokenizer),
                     "eos_token_id": tokenizer.eos_token_id,
                     "sources": {}}
-    for source in sources:
-        entry = manifest["sources"].setdefault(source.name, {
-            "revision": None, "documents": 0, "tokens": 0, "characters": 0, "bytes": 0, "skipped": {}, "shards": [],
-            "validation": None, "cursor": {"file": 0, "row": 0}, "filled": 0})
-        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], validation_documents,
-              shard_tokens, longest_document, progress, reading, after_shard)
-        if not entry["tokens"]:
-            raise ParameterError([f"source {source.name} ({source.path}) gave no training document after its first "
-                                  f"{validation_documents} validation documents; lower max_eval_samples."])
+    entries = [begun.get(source.name) or {
+        "revision": None, "documents": 0, "tokens": 0, "characters": 0, "bytes": 0, "skipped": {}, "shards": [],
+        "validation": None, "cursor": {"file": 0, "row": 0}, "filled": 0} for source in sources]
+    todo = [(source, entry) for source, entry in zip(sources, entries) if entry["filled"] < tokens_per_source[source.name]]
+    if problems := [problem for source, _ in todo for problem in source_problems(source)]:
+        raise ParameterError(problems)
+    at = [_at_its_commit(source, entry, entry["filled"] >= tokens_per_source[source.name], reading)
+          if source.path.startswith("hf:") else source for source, entry in zip(sources, entries)]
+    held_out = [None if entry["validation"] else
+                _held_out(source, entry, validation_documents, {"longest_document": longest_document, **reading})
+                for source, entry in zip(at, entries)]
+    store_dir.mkdir(parents=True, exist_ok=True)
+    for source, entry, texts in zip(at, entries, held_out):
+        manifest["sources"][source.name] = entry
+        if texts is not None:
+            entry["validation"] = _write_ids(store_dir, source, "validation.bin", _encoded(tokenizer, texts)) | {
+                "documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
+    for source, entry in zip(at, entries):
+        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], shard_tokens, longest_document,
+              progress, reading, after_shard)
     return store_dir
+
+
+def _held_out(source: Source, entry: dict, wanted: int, reading: dict) -> list[str]:
+    """The first `wanted` good documents of a source. The entry's cursor stands behind them, and behind what was skipped.
+
+    Raises ParameterError when no further one follows, for training.
+    """
+    texts, skipped = [], {}
+    for text, reason, cursor in clean_documents(source, **reading):
+        if reason:
+            skipped[reason] = skipped.get(reason, 0) + 1
+        elif len(texts) < wanted:
+            texts.append(text)
+            entry.update(cursor=cursor, skipped=dict(skipped))
+        else:
+            return texts
+    raise ParameterError([_too_few(source, len(texts), wanted, skipped)])
+
+
+def _too_few(source: Source, documents: int, validation_documents: int, skipped: dict) -> str:
+    rows = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+    return (f"source {source.name} ({source.path}) gave no training document after its first {validation_documents:,} "
+            f"validation documents: it has {documents:,} good documents{f', skipped: {rows}' if rows else ''}. Lower "
+            "max_eval_samples or give it more documents; in a .txt a line <|doc|>, or <|endoftext|>, separates two.")
+
+
+def _encoded(tokenizer, texts: list[str], left_out=frozenset()) -> np.ndarray:
+    """ids with EOS after each document; those whose ids are in `left_out` are taken out of `texts` too."""
+    ids, offsets = encode_documents(tokenizer, texts)
+    ids = ids.astype("<u2", copy=False)
+    data, bounds = ids.tobytes(), (2 * offsets).tolist()
+    keep = np.array([data[start:end] not in left_out for start, end in itertools.pairwise(bounds)], bool)
+    if not keep.all():
+        texts[:] = itertools.compress(texts, keep)
+        lengths = np.diff(offsets)
+        ids, offsets = ids[np.repeat(keep, lengths)], np.concatenate([[0], np.cumsum(lengths[keep])])
+    return np.insert(ids, offsets[1:], tokenizer.eos_token_id)
+
+
+def _validation_documents(store_dir: Path, manifest: dict) -> set[bytes]:
+    """The ids of every validation document of a store, as bytes."""
+    found = set()
+    for entry in manifest["sources"].values():
+        ids = np.fromfile(store_dir / entry["validation"]["file"], "<u2")
+        ends = np.flatnonzero(ids == manifest["eos_token_id"])
+        found |= {document.tobytes() for document in np.split(ids, ends + 1)[:-1]}
+    return {document[:-2] for document in found}      # without EOS
+
+
+def _write_ids(store_dir: Path, source: Source, name: str, ids: np.ndarray) -> dict:
+    (store_dir / source.name).mkdir(exist_ok=True)
+    data = ids.astype("<u2").tobytes()
+    write_atomically(store_dir / source.name / name, data)
+    return {"file": f"{source.name}/{name}", "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -> Source:
@@ -635,43 +1048,37 @@ def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -
     return dataclasses.replace(source, revision=entry["revision"])
 
 
-def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_documents, shard_tokens, longest, progress,
-          reading, after_shard=None):
+def _fill(source, tokenizer, store_dir, manifest, entry, wanted, shard_tokens, longest, progress, reading, after_shard=None):
+    if entry["filled"] >= wanted:
+        return
     folder = store_dir / source.name
-    folder.mkdir(exist_ok=True)
-    eos = np.array([tokenizer.eos_token_id], dtype="<u2")
-
-    def write(name: str, ids: np.ndarray) -> dict:
-        data = ids.astype("<u2").tobytes()
-        write_atomically(folder / name, data)
-        return {"file": f"{source.name}/{name}", "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
-
-    def encode(texts):                                # ids with EOS after each document
-        ids, offsets = encode_documents(tokenizer, texts)
-        return np.insert(ids.astype("<u2"), offsets[1:], eos[0])
+    held_out = _validation_documents(store_dir, manifest)
 
     # A shard is cut in the middle of a document: what is over goes to the next one, and into a file for a restart. One file
     # for each number of shards: a kill between it and the manifest must leave the one that the old manifest needs.
     carry = str(folder / "carry-{:05d}.bin").format
-    pending = np.fromfile(carry(len(entry["shards"])), "<u2") if entry["shards"] else eos[:0]
-    texts, validation, started, said = [], [], time.time(), time.time()
-    if source.path.startswith("hf:"):
-        source = _at_its_commit(source, entry, entry["filled"] >= wanted, reading)
-    if entry["filled"] >= wanted:
-        return
+    pending = np.fromfile(carry(len(entry["shards"])), "<u2") if entry["shards"] else np.array([], "<u2")
+    texts, started, said = [], time.time(), time.time()
     cursor = entry["cursor"]
     counts = {key: entry[key] for key in ("documents", "characters", "bytes")}
+
+    def skip(reason: str, rows: int):
+        if rows:
+            entry["skipped"][reason] = entry["skipped"].get(reason, 0) + rows
 
     def flush(last: bool):
         nonlocal pending, texts
         if texts:
+            read = len(texts)
+            pending = np.concatenate([pending, _encoded(tokenizer, texts, held_out)])
+            skip("also in validation", read - len(texts))
             counts["documents"] += len(texts)
             counts["characters"] += sum(map(len, texts))
             counts["bytes"] += sum(len(text.encode()) for text in texts)
-            pending = np.concatenate([pending, encode(texts)])
             texts = []
         while len(pending) >= shard_tokens or (last and len(pending)):
-            entry["shards"].append(write(f"train-{len(entry['shards']):05d}.bin", pending[:shard_tokens]))
+            entry["shards"].append(_write_ids(store_dir, source, f"train-{len(entry['shards']):05d}.bin",
+                                              pending[:shard_tokens]))
             entry["tokens"] += len(pending[:shard_tokens])
             pending = pending[shard_tokens:]
             write_atomically(carry(len(entry["shards"])), pending.tobytes())
@@ -686,13 +1093,7 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_docu
     characters = 0
     for text, reason, cursor in stream:
         if reason:
-            entry["skipped"][reason] = entry["skipped"].get(reason, 0) + 1
-            continue
-        if entry["validation"] is None:
-            validation.append(text)
-            if len(validation) == validation_documents:
-                entry["validation"] = write("validation.bin", encode(validation)) | {
-                    "documents": len(validation), "bytes": sum(len(text.encode()) for text in validation)}
+            skip(reason, 1)
             continue
         texts.append(text)
         characters += len(text)
@@ -706,6 +1107,9 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, validation_docu
             if entry["tokens"] + len(pending) >= wanted:
                 break
     flush(last=True)
+    if not entry["tokens"]:                           # nothing more is written: with other documents the call goes on
+        held = entry["validation"]["documents"]
+        raise ParameterError([_too_few(source, held, held, entry["skipped"])])
     entry["filled"] = wanted                          # only now: a kill before this line must come back here
     write_atomically(store_dir / "manifest.json", json.dumps(manifest, indent=1))
 
