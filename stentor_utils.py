@@ -38,9 +38,10 @@ import torch.nn.functional as F                       # noqa: E402
 from torch import nn                                  # noqa: E402
 
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
-    FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
-    documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, redact, source_files, source_names, tokenizer_problem, tokenizer_sha256, write_atomically)
+    FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, StentorError, TokenStore, clean_documents,
+    clean_text, documents, encode_documents, fill_source, find_vocabulary, hub_folder, load_tokenizer, local_corpus,
+    pin_revision, plan_sources, planned_shards, prepare_tokens, redact, source_files, source_names,
+    tokenizer_problem, tokenizer_sha256, write_atomically)
 from stentor_precision import (                       # noqa: E402, F401
     FP32Layer, FP32Norm, FP32SoftmaxAttention, Int8Linear, _in_front_of, _int8_codes, apply_precision_recipe,
     rename_weight_master)
@@ -145,6 +146,14 @@ def load_model(folder, **settings):
     """
     from transformers import AutoModelForCausalLM
     path, problem = Path(folder), None
+    if not path.is_dir():
+        if not re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?", str(folder)):
+            raise ParameterError([f"{folder} cannot be loaded as a model: there is no such folder."])
+        try:
+            path = hub_folder(str(folder), ["*.json", "*.safetensors"], f"model {str(folder)!r} (no folder here)",
+                              settings.pop("revision", None))
+        except SourceError as error:
+            raise ParameterError([str(error)]) from None
     try:
         if path.is_dir():
             config = json.loads((path / "config.json").read_text())
@@ -159,7 +168,7 @@ def load_model(folder, **settings):
             elif missing := [name for name in files if not (path / name).is_file()]:
                 problem = f"{missing[0]} is not there (pickled weights, such as pytorch_model.bin, are never opened)"
         if not problem:
-            return AutoModelForCausalLM.from_pretrained(str(folder).removeprefix("hf:"), trust_remote_code=False,
+            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False,
                                                         use_safetensors=True, **settings)
     except Exception as error:                        # whatever a crafted file makes of the parsers
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -191,7 +200,7 @@ def _fsync_folder(folder: Path) -> None:
 # verifies is loaded. No RNG state is kept: each step seeds itself from (seed, step), so there is none to lose.
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(StentorError, RuntimeError):
     """A checkpoint does not belong to this run, or none of those present can be read."""
 
 
@@ -750,7 +759,7 @@ NONFINITE_IN_A_ROW = 10    # steps: fp16's first scale, 65,536, is down to 64 by
 ROLLBACKS = 2              # of a run; the next trouble stops it
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(StentorError, RuntimeError):
     """The run came apart again after it had gone back to a good checkpoint; the message says where, and what to try."""
 
 
@@ -1226,7 +1235,7 @@ PROCESS_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "42949
                        "GOMP_SPINCOUNT": "2000"}
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(StentorError, RuntimeError):
     """The training process ended with an error; the message is its last lines."""
 
 
