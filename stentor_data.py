@@ -9,14 +9,19 @@ import codecs
 import contextlib
 import csv
 import dataclasses
+import errno
+import fcntl
 import functools
+import glob
 import hashlib
 import io
 import itertools
 import json
 import os
 import re
+import sys
 import sysconfig
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -95,32 +100,118 @@ def redact(text: str) -> str:
     return text
 
 
-class ParameterError(ValueError):
+class StentorError(Exception):
+    """An error whose message is written for the reader: a notebook shows it, not the stack (IPython asks for it here)."""
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {redact(str(self))}"]
+
+
+class ParameterError(StentorError, ValueError):
     """Raised before any work starts; the message lists every problem found, one sentence each, and no secret."""
 
     def __init__(self, problems: list[str]):
         self.problems = [redact(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
-    def _render_traceback_(self):          # IPython calls this: a reader needs the sentences, not the stack
+    def _render_traceback_(self):
         return ["Parameters refused, nothing was started:"] + [f"  - {problem}" for problem in self.problems]
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a run killed at any instant, sees the old content or the new, never a part.
 
-    Where `path` is a link, what it points to is written, and the link stays."""
+    A symbolic link stays one: what it names is written. What killed writers of this file left beside it is removed.
+    """
     path = Path(os.path.realpath(path))
+    remove_leftovers(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with _open_locked(temporary) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:                              # a full disk, the stop button
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _open_locked(path: Path):
+    """A new file, locked (flock): while its writer lives nobody takes it for a leftover, whatever its process id is."""
+    while True:
+        file = open(path, "wb")
+        with contextlib.suppress(OSError):            # a file system without locks: then nothing is ever removed
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()                                  # removed between our two calls: again
+
+
+def remove_leftovers(folder, names: str) -> None:
+    """Remove the temporaries of `write_atomically` for `names` (a glob) whose writers were killed; never a live one's."""
+    for left in Path(folder).glob(f".{names}.[0-9]*"):
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _can_write(folder) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def find_home() -> None:
+    """Give this process and its children a home folder where there is none that can be written, and say so.
+
+    The hub's cache, matplotlib, numba, IPython, Jupyter and torch's compiler all write below ~. The new one is in
+    $STENTOR_CACHE, else in a folder of this user in the temporary one. Only ~/.cache cannot be written: only it moves.
+    """
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    if not (os.path.isdir(home) and _can_write(home)):
+        moved, broken = "HOME", home
+    elif os.path.lexists(cache) and not _can_write(cache):
+        moved, broken = "XDG_CACHE_HOME", cache
+    else:
+        return
+    token = os.path.join(cache, "huggingface", "token")
+    if os.path.isfile(token):                         # a home that can be read keeps its token
+        os.environ.setdefault("HF_TOKEN_PATH", token)
+    os.environ.setdefault("USER", str(os.getuid()))   # torch's compiler asks for a name, and some have none either
+    for place in filter(None, (os.environ.get("STENTOR_CACHE"), _private_folder())):
+        new = os.path.join(place, moved.lower())
+        with contextlib.suppress(OSError):
+            os.makedirs(new, exist_ok=True)
+            if _can_write(new):
+                os.environ[moved] = new
+                print(f"{broken} is no folder that can be written: caches go to {new}", file=sys.stderr)
+                return
+
+
+def _private_folder() -> str | None:
+    """A folder of this user alone in the temporary one, the same for all their processes; None where there can be none."""
+    with contextlib.suppress(OSError):
+        folder = os.path.join(tempfile.gettempdir(), f"stentor-{os.getuid()}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        if os.lstat(folder).st_uid == os.getuid():
+            return folder
+        return tempfile.mkdtemp(prefix="stentor-")    # somebody else was there first
+
+
+find_home()                                           # before huggingface_hub and matplotlib look for theirs
+
+
+def cache_folder() -> Path:
+    """$STENTOR_CACHE, else stentor in $XDG_CACHE_HOME or ~/.cache; it need not be there yet."""
+    if given := os.environ.get("STENTOR_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stentor"
 
 
 @dataclass(frozen=True)
@@ -245,65 +336,167 @@ def local_corpus(kind: str) -> Path:
     """The embedded corpus "prose" | "code" | "math" as a .jsonl file, extracted once and kept in the cache folder.
 
     The name carries a hash of the installed files' names and sizes: another installation is another corpus.
-    The cache is $STENTOR_CACHE, else ~/.cache/stentor.
+    The cache is `cache_folder()`. Raises ParameterError when the file is not in it and it cannot be written.
     """
     if kind not in ("prose", "code", "math"):
         raise ParameterError([f"local:{kind} is not an embedded corpus; known: local:prose, local:code, local:math."])
     files = _python_files(kind)
     names = "extraction 1\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-    cache = Path(os.environ.get("STENTOR_CACHE", Path.home() / ".cache" / "stentor"))
+    cache = cache_folder()
     path = cache / f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in _extract(kind))
-        write_atomically(path, lines.encode("utf-8", "surrogatepass"))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache).close()            # asked before the work, not after it
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in _extract(kind))
+            write_atomically(path, lines.encode("utf-8", "surrogatepass"))
+        except OSError as error:
+            raise ParameterError([f"local:{kind} is kept in {cache}, which cannot be written ({error.strerror}); set "
+                                  "STENTOR_CACHE to a folder that can."]) from None
     return path
 
 
-class SourceError(RuntimeError):
+class SourceError(StentorError, RuntimeError):
     """A source could not be read on. What the store holds stays, and the same call goes on from there."""
 
 
-def _hub_get(source: Source, url: str, what: str, span: tuple[int, int] | None = None, *, tries: int = 8, sleep=time.sleep,
-             deadline: float | None = None):
-    """GET from the hub, tried again after 1, 2, 4 ... 60 s or as long as the hub asks (Retry-After, RateLimit's t).
+class _Unanswered(Exception):
+    """One request to the hub failed: why, how long it asks us to wait, and whether asking again cannot help."""
 
-    span: the first and last byte wanted; fewer are a failure too. Raises SourceError after `tries`, or when the next wait
-    would pass `deadline` (as time.monotonic()); ParameterError where asking again cannot help. Their texts hold neither URL nor
-    header: a redirect's URL is signed, a header carries the token.
+    def __init__(self, problem: str, wait: int = 0, hopeless: bool = False):
+        self.problem, self.wait, self.hopeless = problem, wait, hopeless
+
+
+FIRST_TRIES = 3             # while the hub has answered nothing at all: after 1 + 2 s there is no network, not a hiccup
+CONNECT_SECONDS = 5         # in which the kernel itself asks three times
+_answered = set()           # the endpoints that this process had an answer from
+
+
+def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.sleep, deadline: float | None = None):
+    """request(), tried again after 1, 2, 4 ... 60 s or as long as the hub asks, when it raises.
+
+    who: "source web"; repo: "hf:owner/name at revision main". Raises SourceError after `tries`, when the next wait would
+    pass `deadline` (as time.monotonic()), or after FIRST_TRIES without one answer; ParameterError where asking cannot help.
+    """
+    from huggingface_hub import constants
+    for attempt in range(1, tries + 1):
+        try:
+            answer = request()
+            _answered.add(constants.ENDPOINT)
+            return answer
+        except Exception as error:
+            failed = error if isinstance(error, _Unanswered) else _as_unanswered(error)
+        if failed.hopeless:
+            raise ParameterError([f"{who}: the hub gave no {repo.removeprefix('hf:')} ({failed.problem}); check both names, "
+                                  "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."]) from None
+        if failed.problem[:5] == "HTTP ":
+            _answered.add(constants.ENDPOINT)
+        elif constants.ENDPOINT not in _answered and (attempt >= FIRST_TRIES or failed.problem.startswith("ConnectTimeout")):
+            raise SourceError(f"{who}: {repo} could not be read, because the hub does not answer ({failed.problem}). "
+                              f"{NO_NETWORK}") from None
+        wait = max(min(2 ** (attempt - 1), 60), failed.wait)
+        late = deadline is not None and time.monotonic() + wait > deadline
+        if late or attempt == tries:
+            hint = "" if failed.problem[:5] == "HTTP " else f" {NO_NETWORK}"
+            raise SourceError(f"{who}: {what} of {repo} could not be read: {failed.problem}, try {attempt} of {tries}"
+                              f"{f'; {wait:,} s more would pass the deadline' if late else ''}. Nothing written is "
+                              f"lost: run the same again and it goes on from there.{hint}") from None
+        print(f"{who}: {failed.problem} at {what}; try {attempt + 1} of {tries} in {wait:,} s", flush=True)
+        sleep(wait)
+
+
+NO_NETWORK = ("Is there a network? On Kaggle switch Internet on (notebook > Settings > Internet; it needs a verified phone "
+              "number); elsewhere see HF_ENDPOINT and the proxy, or name a local file or folder instead.")
+
+
+def _as_unanswered(error: Exception) -> _Unanswered:
+    """What an exception of an HTTP library or of huggingface_hub means; of its text, which may hold a signed URL, only the
+    system's own words are said."""
+    seen = []
+    while error is not None:                          # huggingface_hub wraps what it met
+        if getattr(error, "response", None) is not None:
+            return _http_problem(error.response)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    names = [type(error).__name__ for error in seen if type(error).__name__ != "LocalEntryNotFoundError"]
+    for error in seen:
+        if isinstance(error, OSError) and (error.errno == errno.ENOSPC or error.filename):
+            raise ParameterError([f"the hub's cache cannot be written ({error.filename or names[0]}: {error.strerror}); set "
+                                  "HF_HOME to a folder that can, with room in it."]) from None
+    if "OfflineModeIsEnabled" in names:
+        return _Unanswered("OfflineModeIsEnabled", hopeless=True)
+    why = next((error.strerror for error in seen if isinstance(error, OSError) and error.strerror), None)
+    return _Unanswered(": ".join(filter(None, ((names or ["no answer"])[0], why))))
+
+
+def _http_problem(answer) -> _Unanswered:
+    """What an answer of the hub that is no success means."""
+    from huggingface_hub import constants
+    code, reason = answer.status_code, answer.headers.get("X-Error-Code", "")
+    limit = answer.headers.get("RateLimit", "") if code == 429 else ""
+    asked = answer.headers.get("Retry-After") or limit.rpartition("t=")[2]
+    return _Unanswered(f"HTTP {code} {reason}".strip(), int(asked) if asked.isdigit() else 0,
+                       reason in ("RepoNotFound", "RevisionNotFound", "GatedRepo")
+                       or (code in (401, 403) and str(answer.url).startswith(constants.ENDPOINT)))
+
+
+def _hub_get(who: str, repo: str, url: str, what: str, span: tuple[int, int] | None = None, **reading):
+    """GET from the hub, as often as `_ask` (`reading`) sees fit; fewer bytes than `span` (first, last) are a failure too.
+
+    No message holds a URL or a header: a redirect's URL is signed, a header carries the token.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session
     url, wanted = url if url.startswith("http") else f"{constants.ENDPOINT}/{url}", {"accept-encoding": "identity"}
     if span:
         wanted["range"] = f"bytes={span[0]}-{span[1]}"
-    for attempt in range(1, tries + 1):
-        wait = min(2 ** (attempt - 1), 60)
-        try:
-            answer = get_session().get(url, headers=build_hf_headers() | wanted, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            code, reason = answer.status_code, answer.headers.get("X-Error-Code", "")
-            if code in (200, 206) and (len(answer.content) == span[1] - span[0] + 1 if span else answer.json()):
-                return answer
-            problem = f"HTTP {code} {reason}".strip() if code > 206 else f"cut off after {len(answer.content):,} bytes"
-            limit = answer.headers.get("RateLimit", "") if code == 429 else ""
-            asked = answer.headers.get("Retry-After") or limit.rpartition("t=")[2]
-            wait = max(wait, int(asked) if asked.isdigit() else 0)
-            hopeless = reason in ("RepoNotFound", "RevisionNotFound", "GatedRepo") or (
-                code in (401, 403) and str(answer.url).startswith(constants.ENDPOINT))
-        except Exception as error:                    # whichever HTTP library it is: timed out, cut off, no such host
-            problem = type(error).__name__
-            hopeless = problem == "OfflineModeIsEnabled"
-        if hopeless:
-            raise ParameterError([f"source {source.name}: the hub gave no {source.path[3:]} at revision {source.revision} "
-                                  f"({problem}); check both names, HF_TOKEN, HF_HUB_OFFLINE, and whether the dataset's page "
-                                  "asks you to accept conditions."])
-        late = deadline is not None and time.monotonic() + wait > deadline
-        if late or attempt == tries:
-            raise SourceError(f"source {source.name}: {what} of {source.path} could not be read: {problem}, try {attempt} of "
-                              f"{tries}{f'; {wait:,} s more would pass the deadline' if late else ''}. Nothing written is "
-                              "lost: run the same again and it goes on from there.")
-        print(f"source {source.name}: {problem} at {what}; try {attempt + 1} of {tries} in {wait:,} s", flush=True)
-        sleep(wait)
+
+    def request():
+        answer = get_session().get(url, headers=build_hf_headers() | wanted, timeout=_timeout())
+        if answer.status_code not in (200, 206):
+            raise _http_problem(answer)
+        if not (len(answer.content) == span[1] - span[0] + 1 if span else answer.json()):
+            raise _Unanswered(f"HTTP {answer.status_code}, cut off after {len(answer.content):,} bytes")
+        return answer
+    return _ask(who, repo, what, request, **reading)
+
+
+def _timeout():
+    """HF_HUB_DOWNLOAD_TIMEOUT, but less for the connection; as the HTTP library that huggingface_hub uses has it."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    kind = type(getattr(get_session(), "timeout", None))          # httpx.Timeout or httpx2.Timeout; requests has none
+    return kind(seconds, connect=min(seconds, CONNECT_SECONDS)) if kind.__name__ == "Timeout" else seconds
+
+
+def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None, **reading) -> Path:
+    """The local folder with those files of a model repository ("hf:owner/name") whose paths match `patterns` (globs).
+
+    They are kept in huggingface_hub's cache; without a network what lies there is used, if it has each file asked for by
+    its whole name. `reading`, SourceError and ParameterError: as for `documents`.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, logging
+    disable_progress_bars()
+    logging.set_verbosity_error()                     # its warnings hold signed URLs
+    name = name.removeprefix("hf:")
+    try:
+        url = f"api/models/{name}/revision/{quote(revision or 'main', safe='')}"
+        commit = _hub_get(who, f"hf:{name}", url, "the revision", **reading).json()["sha"]
+    except StentorError:
+        with contextlib.suppress(Exception):
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            if all(any(folder.glob(pattern)) for pattern in patterns if "*" not in pattern):
+                return folder
+        raise
+    below = None if "/" in "".join(patterns) else ["*/*"]         # a * also matches folders
+    return Path(_ask(who, f"hf:{name}", "the files", lambda: snapshot_download(
+        name, revision=commit, allow_patterns=patterns, ignore_patterns=below), **reading))
+
+
+def _hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
+    return _hub_get(f"source {source.name}", f"{source.path} at revision {source.revision}", url, what, span, **reading)
 
 
 class HubFile(AbstractBufferedFile):
@@ -311,7 +504,7 @@ class HubFile(AbstractBufferedFile):
 
     def __init__(self, source: Source, name: str, size: int, **reading):
         url = f"datasets/{source.path[3:]}/resolve/{source.revision}/{quote(name)}"
-        self.get = functools.partial(_hub_get, source, url, name, **reading)
+        self.get = functools.partial(_hub_read, source, url, name, **reading)
         super().__init__(None, name, size=size, cache_type="none")
 
     def _fetch_range(self, start, end):
@@ -324,7 +517,7 @@ def pin_revision(source: Source, **reading) -> Source:
         return source
     source = dataclasses.replace(source, revision=source.revision or "main")
     url = f"api/datasets/{source.path[3:]}/revision/{quote(source.revision, safe='')}"
-    return dataclasses.replace(source, revision=_hub_get(source, url, "the revision", **reading).json()["sha"])
+    return dataclasses.replace(source, revision=_hub_read(source, url, "the revision", **reading).json()["sha"])
 
 
 def source_files(source: Source, **reading) -> dict[str, int]:
@@ -339,7 +532,7 @@ def source_files(source: Source, **reading) -> dict[str, int]:
     source, sizes, configs = pin_revision(source, **reading), {}, {}
     page = f"api/datasets/{source.path[3:]}/tree/{source.revision}?recursive=true"
     while page:
-        answer = _hub_get(source, page, "the list of files", **reading)
+        answer = _hub_read(source, page, "the list of files", **reading)
         sizes |= {item["path"]: item["size"] for item in answer.json() if item["type"] == "file"}
         page = answer.links.get("next", {}).get("url")
     if "README.md" in sizes:
@@ -812,21 +1005,28 @@ def clean_documents(source: Source, cursor: dict | None = None, longest_document
 STORE_ROWS = 1 << 16                                  # ids that fit
 
 
-def load_tokenizer(path):
-    """A tokenizer from a folder or a hub name. Only our own tokenizer class is built from this repository's code; for
-    anything else transformers' own classes are used, never code from the folder (no trust_remote_code)."""
+def load_tokenizer(path, **reading):
+    """A tokenizer from a folder or a hub name ("hf:owner/name", or owner/name where no folder is called so).
+
+    Only our own tokenizer class is built from this repository's code; for anything else transformers' own classes are
+    used, never code from the folder (no trust_remote_code). Raises ParameterError where there is neither, or no network.
+    """
     folder = Path(path)
-    if str(path).startswith("hf:") or not folder.is_dir():
-        if not re.fullmatch(r"hf:.+|[\w.-]+(/[\w.-]+)?", str(path)):
-            raise ParameterError([f"{path} is no tokenizer folder: there is nothing of that name."])
-        from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(str(path).removeprefix("hf:"), ignore_patterns=["*/*"], allow_patterns=[
-            "tokenmonster.vocab", "*token*", "vocab.*", "merges.txt", "*.model", "*.jinja", "config.json"]))
+    if not folder.is_dir():
+        if not re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?", str(path)):
+            raise ParameterError([f"tokenizer {str(path)!r} is not there."])
+        try:
+            folder = hub_folder(str(path), TOKENIZER_FILES, f"tokenizer {str(path)!r} (no folder here)", **reading)
+        except SourceError as error:
+            raise ParameterError([str(error)]) from None
     if (folder / "tokenmonster.vocab").is_file():
         from tokenmonster_hf import TokenMonsterTokenizer
         return TokenMonsterTokenizer.from_pretrained(str(folder))
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.vocab", "*.tiktoken"]
 
 
 def tokenizer_problem(path) -> str | None:
@@ -880,10 +1080,11 @@ def store_problems(tokenizer) -> list[str]:
     return wrong
 
 
-def find_vocabulary(name: str) -> Path:
+def find_vocabulary(name: str, **reading) -> Path:
     """A released TokenMonster vocabulary by name ("english-8000-strict-nocapcode-v1"), or a path to a .vocab file.
 
     Looked for as a path, then in the folders of $STENTOR_VOCABS, then on the hub (alasdairforsythe/tokenmonster).
+    Raises ParameterError when it is nowhere; `reading` as for `documents`.
     """
     folders = [Path(folder) for folder in os.environ.get("STENTOR_VOCABS", "").split(os.pathsep) if folder]
     for path in (Path(name), *(folder / f"{name}.vocab" for folder in folders)):
@@ -892,12 +1093,15 @@ def find_vocabulary(name: str) -> Path:
     if name.endswith(".vocab") or "/" in name or not re.fullmatch(r"[a-z]+-\d+-[a-z0-9-]+", name):
         raise ParameterError([f"vocabulary {name!r} is neither a .vocab file nor the name of a released vocabulary "
                               "(such as english-8000-strict-nocapcode-v1)."])
-    from huggingface_hub import hf_hub_download
     try:
-        return Path(hf_hub_download("alasdairforsythe/tokenmonster", f"vocabs/{name}.vocab"))
-    except Exception as error:
-        raise ParameterError([f"vocabulary {name!r} could not be fetched from the hub ({type(error).__name__}); give a "
-                              ".vocab file instead, or build one (VOCABULARY = 'build')."]) from error
+        path = hub_folder("hf:alasdairforsythe/tokenmonster", [f"vocabs/{name}.vocab"], f"vocabulary {name!r}", **reading
+                          ) / "vocabs" / f"{name}.vocab"
+    except StentorError as error:
+        raise ParameterError([f"{error} Or give a .vocab file, or build one (VOCABULARY = 'build')."]) from None
+    if not path.is_file():
+        raise ParameterError([f"vocabulary {name!r} is not among the released ones (hf:alasdairforsythe/tokenmonster); give "
+                              "a .vocab file instead, or build one (VOCABULARY = 'build')."])
+    return path
 
 
 def tokenizer_sha256(tokenizer) -> str:
@@ -917,6 +1121,26 @@ def encode_documents(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarra
     return np.array([i for row in rows for i in row], dtype=np.uint32), offsets
 
 
+def _in_a_tidy_store(prepare):
+    """Decorator: what killed calls left in the store is removed first; a store folder may be a link, made or not yet."""
+    @functools.wraps(prepare)
+    def tidied(sources, tokenizer, store_dir, **settings):
+        if os.path.islink(store_dir):
+            os.makedirs(os.path.realpath(store_dir), exist_ok=True)
+        folder, path = Path(store_dir), Path(store_dir) / "manifest.json"
+        entries = json.loads(path.read_text())["sources"] if path.exists() else {}
+        remove_leftovers(folder, "manifest.json")
+        for name in {*entries, *(source.name for source in sources)}:
+            for names in ("train-*.bin", "carry-*.bin", "validation.bin"):
+                remove_leftovers(folder / name, names)
+            for carry in (folder / name).glob("carry-*.bin"):      # killed before the one that it replaced was removed
+                if int(carry.stem[6:]) < len(entries.get(name, {"shards": []})["shards"]):
+                    carry.unlink(missing_ok=True)
+        return prepare(sources, tokenizer, store_dir, **settings)
+    return tidied
+
+
+@_in_a_tidy_store
 def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str, int], validation_documents: int,
                    shard_tokens: int = 1 << 24, longest_document: int = 2_000_000, progress=print, after_shard=None,
                    **reading) -> Path:
@@ -1040,10 +1264,10 @@ def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -
                               f"{now.revision}; set revision to the former to go on, or choose another folder."])
     if commit and now.revision != commit and not complete:
         try:
-            _hub_get(source, f"api/datasets/{source.path[3:]}/revision/{commit}", "the revision", **reading)
-        except ParameterError as error:
+            _hub_read(source, f"api/datasets/{source.path[3:]}/revision/{commit}", "the revision", **reading)
+        except ParameterError:
             raise ParameterError([f"source {source.name}: the store holds {source.path} at revision {commit}, which the hub no "
-                                  f"longer gives; it is at {now.revision} now. Choose another folder."]) from error
+                                  f"longer gives; it is at {now.revision} now. Choose another folder."]) from None
     entry["revision"] = commit or now.revision
     return dataclasses.replace(source, revision=entry["revision"])
 
@@ -1160,8 +1384,17 @@ class TokenStore:
                        for name, shards in self.shards.items()}
         self.blocks = {name: int(starts[-1]) // recipe.block_size for name, starts in self.starts.items()}
         if short := [name for name, blocks in self.blocks.items() if blocks < 1]:
-            raise ParameterError([f"source {', '.join(short)} has fewer tokens than one block of {recipe.block_size}."])
+            self._forget(short)
+            raise ParameterError([f"source {', '.join(short)} has fewer tokens than one block of {recipe.block_size}: give it "
+                                  "more text, or take it out of the recipe, and prepare the tokens again."])
         self._plan_rows()
+
+    def _forget(self, names: list[str]) -> None:
+        """Take sources out of the manifest, so that `prepare_tokens` reads them anew: they may have been mended by then."""
+        for name in names:
+            del self.manifest["sources"][name]
+        with contextlib.suppress(OSError):            # a store that cannot be written
+            write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=1))
 
     def _plan_rows(self) -> None:
         """row_source: the source of each sequence of the run; row_index: its number among those of its source."""
@@ -1267,7 +1500,7 @@ def shard_being_read(folder) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-class FeedStopped(RuntimeError):
+class FeedStopped(StentorError, RuntimeError):
     """A worker process ended before it gave what training waits for; the message is its error."""
 
 

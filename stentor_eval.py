@@ -1388,7 +1388,7 @@ def run(config: dict, folder: Path, say=print) -> dict:
     return summary
 
 
-class EvaluationFailed(RuntimeError):
+class EvaluationFailed(su.StentorError, RuntimeError):
     """The evaluating process ended with an error; the message is its last lines."""
 
 

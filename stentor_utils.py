@@ -39,10 +39,10 @@ import torch.nn.functional as F                       # noqa: E402
 from torch import nn                                  # noqa: E402
 
 from stentor_data import (                            # noqa: E402, F401  re-exported: notebooks import one name
-    FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, TokenStore, clean_documents, clean_text,
-    documents, encode_documents, fill_source, find_vocabulary, load_tokenizer, local_corpus, pin_revision, plan_sources,
-    planned_shards, prepare_tokens, redact, source_files, source_names, store_problems, tokenizer_problem, tokenizer_sha256,
-    vocabulary_rows, write_atomically)
+    FeedStopped, GrowingStore, HubFile, ParameterError, Source, SourceError, StentorError, TokenStore, clean_documents,
+    clean_text, documents, encode_documents, fill_source, find_vocabulary, hub_folder, load_tokenizer, local_corpus,
+    pin_revision, plan_sources, planned_shards, prepare_tokens, redact, source_files, source_names, store_problems,
+    tokenizer_problem, tokenizer_sha256, vocabulary_rows, write_atomically)
 from stentor_precision import (                       # noqa: E402, F401
     FP32Layer, FP32Norm, FP32SoftmaxAttention, Int8Linear, _in_front_of, _int8_codes, apply_precision_recipe,
     rename_weight_master)
@@ -201,17 +201,6 @@ def save_tokenizer(tokenizer, folder) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_tokenizer(tokenizer, folder) -> None:
-    """A tokenizer folder, complete or not there at all."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        tokenizer.save_pretrained(temporary)
-        _replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def load_model(folder, **settings):
     """AutoModelForCausalLM from a folder (or hub name) that nobody vouches for: safetensors only, and none of its code.
 
@@ -227,6 +216,8 @@ def load_model(folder, **settings):
             model, problem = _load_weights(path, settings)
         if not problem:
             return model
+    except ParameterError:
+        raise
     except Exception as error:                        # whatever a crafted file makes of the parsers
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ParameterError([f"{folder} cannot be loaded as a model: {problem}."])
@@ -236,11 +227,12 @@ def _model_files(folder, revision: str | None = None) -> Path:
     """The folder itself, or the hub's files of that name in the local cache."""
     if Path(folder).is_dir():
         return Path(folder)
-    if not re.fullmatch(r"hf:.+|[\w.-]+(/[\w.-]+)?", str(folder)):
+    if not re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?", str(folder)):
         raise FileNotFoundError("there is no such folder")
-    from huggingface_hub import snapshot_download
-    return Path(snapshot_download(str(folder).removeprefix("hf:"), revision=revision, ignore_patterns=["*/*"],
-                                  allow_patterns=["*.json", "*.safetensors"]))
+    try:
+        return hub_folder(str(folder), ["*.json", "*.safetensors"], f"model {str(folder)!r} (no folder here)", revision)
+    except SourceError as error:
+        raise ParameterError([str(error)]) from None
 
 
 def _weight_files(path: Path) -> list[str]:
@@ -352,7 +344,7 @@ def _fsync_folder(folder: Path) -> None:
 # verifies is loaded. No RNG state is kept: each step seeds itself from (seed, step), so there is none to lose.
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(StentorError, RuntimeError):
     """A checkpoint does not belong to this run, or none of those present can be read."""
 
 
@@ -1027,7 +1019,7 @@ NONFINITE_IN_A_ROW = 10    # steps: fp16's first scale, 65,536, is down to 64 by
 ROLLBACKS = 2              # of a run; the next trouble stops it
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(StentorError, RuntimeError):
     """The run came apart again after it had gone back to a good checkpoint; the message says where, and what to try."""
 
 
@@ -1701,7 +1693,7 @@ PROCESS_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "42949
                        "GOMP_SPINCOUNT": "2000"}
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(StentorError, RuntimeError):
     """The training process ended with an error; the message is its last lines."""
 
 
