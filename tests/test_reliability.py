@@ -68,6 +68,8 @@ class Wrapped:
 def test_kill_9_at_random_instants(tiny):
     """20 runs of fp16 with loss scaling, INT8's random rounding and EMA, 3 kills each, against one left alone.
 
+    A run that ends before its last kill is compared all the same, and one more is made, until 60 have struck.
+
     Tried: with the averages, or the loss scale, not taken from the checkpoint, it fails.
     """
     done = subprocess.run([sys.executable, "tests/soak.py", "--runs", "20", "--kills", "3", "--store", str(tiny.store_dir)],
@@ -75,7 +77,7 @@ def test_kill_9_at_random_instants(tiny):
     assert done.stdout, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)
-    assert counts["kills"] == 60 and counts["runs"] == 20
+    assert counts["kills"] >= 60 and counts["runs"] >= 20
     assert counts["differing_files"] == [] and counts["unloadable_resumes"] == 0, done.stderr[-3000:]
     assert counts["restarts_from_step_0_although_saved"] == 0 and counts["left_behind"] == []
     assert sum(n > 0 for n in counts["kills_by_phase"].values()) >= 4
