@@ -58,6 +58,7 @@ def run_notebooks(names: list[str], given: dict) -> None:
             path, outputs / str(defaults["RUN"]) / "notebooks" / f"{name}.ipynb", cwd=HERE, progress_bar=False,
             parameters={key: value for key, value in given.items() if key in known[name]}, kernel_name="python3",
             extra_arguments=["--IPKernelApp.log_level=40"],       # no warning that the kernel's local socket is plain
+            start_timeout=3600, iopub_timeout=3600,   # on a busy machine papermill's 60 and 4 s lose the run, and its output
             stdout_file=sys.stdout, stderr_file=sys.stderr, log_output=False)
 
 

@@ -144,7 +144,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def soak(folder: Path, store_dir, runs: int, kills: int, seed: int = 0) -> dict:
-    """At least `runs` runs and runs x kills kills: each is killed `kills` times, then left to finish, against one left alone."""
+    """Runs killed `kills` times each and then left to finish, against one left alone; more until runs x kills have struck."""
     recipe, draw, began = soak_recipe(store_dir), random.Random(seed), time.monotonic()
     alone = folder / "alone"
     pid, board = start(recipe, store_dir, alone)

@@ -99,14 +99,19 @@ def test_a_worker_stays_ahead_and_not_more(mixed, tiny, tmp_path):
     count = lambda: len(list((tmp_path / "tokens").glob("web/web/train-*.bin")))     # noqa: E731
     with su.fill_while_training(tmp_path / "run.json", mixed, 2560) as failed:
         store = su.GrowingStore(tmp_path / "tokens", mixed, 2560, failed=failed)
-        while count() < 3:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        written = {}                                  # shards: when they were first seen
+
+        def wait_for(shards):
+            while count() < shards:
+                assert failed() is None
+                time.sleep(0.01)
+                written.setdefault(count(), time.monotonic())
+        wait_for(3)
+        time.sleep(max(0.5, 10 * (written[3] - min(written.values()))))       # enough for many more, on any machine
         assert count() == 3
         for step in range(150):                       # reading on lets it go on
             store.batch(step)
-        while count() < 14:
-            time.sleep(0.05)
+        wait_for(14)
 
 
 def test_a_failed_worker_stops_the_reader_with_its_error(mixed, tiny, tmp_path):
