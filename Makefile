@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run run-seeds test tpu-test tpu-aot bench soak results lint clean
+.PHONY: run run-seeds test test-kaggle tpu-test tpu-aot bench soak results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -51,6 +51,15 @@ test: $(VENV)/.installed lint
 tpu-test: .venv-tpu/.installed
 	.venv-tpu/bin/python -m pytest tests/tpu --durations=10
 
+# The suite with the versions of Kaggle's GPU image (no GPU is needed): PYTHON=python3.12; about 7 GB.
+.venv-kaggle/.installed: tests/requirements/kaggle-gpu.txt
+	$(PYTHON) -m venv .venv-kaggle
+	.venv-kaggle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/kaggle-gpu.txt
+	touch $@
+
+test-kaggle: .venv-kaggle/.installed
+	.venv-kaggle/bin/python -m pytest tests --durations=10
+
 # Optional: compiles the TPU training step for a real v5e 2x4 ahead of time, with no TPU.
 .venv-aot/.installed: requirements-aot.txt
 	$(PYTHON) -m venv .venv-aot
@@ -77,4 +86,4 @@ lint: $(VENV)/.installed
 	$(PY) tests/lint.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .venv-kaggle .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -140,6 +140,7 @@ def execute(path: Path, folder: Path, parameters: dict) -> None:
             papermill.execute_notebook(
                 path, executed, cwd=HERE, progress_bar=False, parameters=parameters, kernel_name="python3",
                 extra_arguments=["--IPKernelApp.log_level=40"],   # no warning that the kernel's local socket is plain
+                start_timeout=3600, iopub_timeout=3600,           # on a busy machine papermill's 60 and 4 s lose the run
                 stdout_file=sys.stdout, stderr_file=sys.stderr, log_output=False)
         except papermill.PapermillExecutionError as error:
             refused = error.ename == "ParameterError"

@@ -5,7 +5,9 @@
 
 One process imports everything and forks a child for each start of a run, so that a kill costs what training costs and not
 five seconds of imports; for that it must never have started a thread (OMP_NUM_THREADS=1 below). Half of the kills come at a
-random instant, half at a random instant of a phase drawn by lot: the child shows its phase in shared memory. The runs have
+random instant, half at a random instant of a phase drawn by lot: the child shows its phase in shared memory. Where a kill
+is due is counted in steps and phases, not in seconds, so it does not matter how fast the machine is; a kill that came too
+late because the run had ended all the same is made up for in one more run. The runs have
 everything that must survive: loss scaling (fp16), randomness (INT8's stochastic rounding), averaged weights (EMA), several
 micro-batches a step, and checkpoints at every evaluation and every 0.1 s.
 """
@@ -99,21 +101,28 @@ def start(recipe, store_dir, run_dir: Path) -> tuple[int, Board]:
         os._exit(code)
 
 
-def kill_at_random(draw: random.Random, pid: int, board: Board, span: float, typical: list[float]) -> str | None:
-    """kill -9 within about `span` seconds of training; the phase it was in, or None when it had already ended."""
-    while not board.entered[0]:
-        time.sleep(0.001)
-    wanted = draw.choice([None] * 6 + list(range(1, len(PHASES))))
-    until = time.monotonic() + draw.uniform(0, span)
-    if wanted:                                        # or the latest moment, when the phase does not come
-        latest, nth = time.monotonic() + span, draw.choice([1, 1, 2, 3])
-        while board.entered[wanted] < nth and time.monotonic() < latest:
-            time.sleep(0.0002)
-        until = time.monotonic() + draw.uniform(0, typical[wanted])
-    time.sleep(max(0.0, until - time.monotonic()))
+def ended(pid: int) -> bool:
+    """The child has ended; it is still to be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill_at_random(draw: random.Random, pid: int, board: Board, steps: float, typical: list[float]) -> tuple[str | None, int]:
+    """kill -9 within the next `steps` steps: (the phase it was in, or None if it had ended before; its wait status).
+
+    typical: seconds of each phase, typical[0] of a whole step; how long after a phase or step has begun to strike.
+    """
+    wanted, nth = draw.choice([0] * 6 + list(range(1, len(PHASES)))), draw.choice([1, 1, 2, 3])
+    latest = draw.uniform(0, steps) if not wanted else steps          # when the phase does not come in this session
+    while not ended(pid):
+        begun = board.entered[0] and (board.entered[1] >= int(latest) or wanted and board.entered[wanted] >= nth)
+        if begun:
+            break
+        time.sleep(0.0002)
+    time.sleep(draw.uniform(0, typical[wanted]))
     phase = PHASES[int(board.phase[0])]
     os.kill(pid, signal.SIGKILL)
-    return phase if os.waitpid(pid, 0)[1] == signal.SIGKILL else None
+    status = os.waitpid(pid, 0)[1]
+    return phase if status == signal.SIGKILL else None, status
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -135,28 +144,32 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def soak(folder: Path, store_dir, runs: int, kills: int, seed: int = 0) -> dict:
-    """`runs` runs, each killed at least `kills` times and then left to finish, against one left alone."""
+    """Runs killed `kills` times each and then left to finish, against one left alone; more until runs x kills have struck."""
     recipe, draw, began = soak_recipe(store_dir), random.Random(seed), time.monotonic()
     alone = folder / "alone"
     pid, board = start(recipe, store_dir, alone)
     assert os.waitpid(pid, 0)[1] == 0, (alone / "log.txt").read_text()
     whole, typical = time.monotonic() - began, (board.seconds / np.maximum(1, board.entered[:len(PHASES)])).tolist()
-    counts = {"runs": runs, "kills": 0, "kills_by_phase": dict.fromkeys(PHASES, 0), "differing_files": [],
+    typical[0] = whole / recipe.total_steps
+    counts = {"runs": 0, "kills": 0, "kills_by_phase": dict.fromkeys(PHASES, 0), "differing_files": [],
               "unloadable_resumes": 0, "restarts_from_step_0_although_saved": 0, "left_behind": [],
               "seconds_undisturbed": whole}
-    for i in range(runs):
-        run_dir, killed = folder / f"run-{i}", 0
+    while counts["runs"] < runs or counts["kills"] < runs * kills:
+        run_dir, killed = folder / f"run-{counts['runs']}", 0
+        counts["runs"] += 1
+        assert counts["runs"] <= 10 * runs, f"runs end before they can be killed: {counts}"
         while True:
             saved = bool(su.checkpoint_folders(run_dir))
             logged = len((run_dir / "log.txt").read_text()) if run_dir.exists() else 0
             pid, board = start(recipe, store_dir, run_dir)
-            phase = kill_at_random(draw, pid, board, whole / (kills + 1), typical) if killed < kills else None
+            if killed < kills:
+                phase, status = kill_at_random(draw, pid, board, recipe.total_steps / (kills + 1), typical)
+            else:
+                phase, status = None, os.waitpid(pid, 0)[1]
             if phase:
                 killed += 1
                 counts["kills"] += 1
                 counts["kills_by_phase"][phase] += 1
-            elif killed >= kills:
-                code = os.waitpid(pid, 0)[1]
             log = (run_dir / "log.txt").read_text()[logged:]
             if "set aside" in log or "CheckpointError" in log:
                 counts["unloadable_resumes"] += 1
@@ -165,8 +178,8 @@ def soak(folder: Path, store_dir, runs: int, kills: int, seed: int = 0) -> dict:
                 counts["restarts_from_step_0_although_saved"] += 1
             if not phase:
                 break
-        counts["differing_files"] += [f"run-{i}: exit {code}"] if code else [f"run-{i}/{name}" for name in
-                                                                             differences(alone, run_dir)]
+        counts["differing_files"] += [f"{run_dir.name}: exit {status}"] if status else [
+            f"{run_dir.name}/{name}" for name in differences(alone, run_dir)]
         counts["left_behind"] += [str(p.relative_to(folder)) for p in run_dir.rglob(".*") if p.name != ".lock"]
         if not counts["differing_files"]:
             shutil.rmtree(run_dir)

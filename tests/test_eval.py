@@ -587,11 +587,13 @@ def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
 
 
 KILLS = """
-import json, os, signal, sys, time
+import json, os, random, sys
 from pathlib import Path
 import torch
 import datasets, lm_eval.evaluator, lm_eval.api.task
 import stentor_eval as se
+sys.path.append("tests")
+import kill_here
 torch.set_num_threads(1)                              # no thread pool, so that forking is safe
 config = json.loads(sys.argv[2])
 se.load_model(config["models"]["m"], "float32", torch.device("cpu"))      # all imports, once, for every child
@@ -601,23 +603,31 @@ def answers(folder):
             return c.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
     except se.sqlite3.Error:
         return 0
-def child(folder):
+def child(folder, goal=None, calls=0):
+    "Score to the end, or until so many calls after that many answers are kept; the exit status."
     pid = os.fork()
     if pid == 0:
+        put = se.Cache.put
+        def put_and_die(cache, new):
+            put(cache, new)
+            if answers(folder) >= goal:
+                se.Cache.put = put
+                kill_here.after(calls)
+        if goal:
+            se.Cache.put = put_and_die
         se.run(config, folder, say=lambda text: print(folder.name, "|", text, flush=True))
         os._exit(0)
-    return pid
+    return os.waitpid(pid, 0)[1]
 whole, killed = Path(sys.argv[1]) / "whole", Path(sys.argv[1]) / "killed"
 whole.mkdir(), killed.mkdir()
-assert os.waitpid(child(whole), 0)[1] == 0
+assert child(whole) == 0
+draw = random.Random(0)
 for kill in range(10):
-    pid, goal = child(killed), (kill + 1) * answers(whole) // 11
-    while answers(killed) < goal and os.waitpid(pid, os.WNOHANG) == (0, 0):
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    left = answers(whole) - answers(killed)
+    status = child(killed, answers(killed) + max(1, left // (11 - kill)), draw.randrange(5000))
+    assert status == kill_here.signal.SIGKILL, status
     print("killed at", answers(killed), "of", answers(whole), [p.name for p in (killed / "m").glob("*.json")], flush=True)
-assert os.waitpid(child(killed), 0)[1] == 0
+assert child(killed) == 0
 """
 
 
@@ -633,7 +643,8 @@ def test_kill_9_ten_times_and_the_results_are_the_same(ours, english, tmp_path):
     print(done.stdout)
     assert len(set(re.findall(r"killed at (\d+) of", done.stdout))) == 10          # each at another point
     lines = [line for line in done.stdout.splitlines() if line.startswith("killed |")]
-    assert sum("items in" in line for line in lines) == 2          # each block was scored to its end once ...
+    ends = [line.split("|")[2].strip() for line in lines if "items in" in line]
+    assert len(ends) == len(set(ends)) and ends[-1] == "two"       # no block was scored to its end twice ...
     assert any("one | 100 items were already done" in line for line in lines)      # ... and a finished one not repeated
     results = [{name: json.loads((tmp_path / folder / "m" / f"{name}.json").read_text()) for name in blocks}
                for folder in ("whole", "killed")]

@@ -96,17 +96,21 @@ def test_a_worker_stays_ahead_and_not_more(mixed, tiny, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({
         "recipe": mixed.to_dict(), "store": "tokens", "tokenizer": str(tiny.tokenizer_dir),
         "fill": {"shard_tokens": 2560, "ahead_shards": 2}}))
-    count = lambda: len(list((tmp_path / "tokens").glob("web/web/train-*.bin")))     # noqa: E731
+    written = lambda: sorted(path.stat().st_mtime for path in (tmp_path / "tokens").glob("web/web/train-*.bin"))  # noqa: E731
     with su.fill_while_training(tmp_path / "run.json", mixed, 2560) as failed:
         store = su.GrowingStore(tmp_path / "tokens", mixed, 2560, failed=failed)
-        while count() < 3:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        assert count() == 3
+
+        def wait_for(shards):
+            while len(written()) < shards:
+                assert failed() is None
+                time.sleep(0.05)
+        wait_for(3)
+        first, _, third = written()[:3]
+        time.sleep(max(0.5, 10 * (third - first)))    # enough for many more, on any machine
+        assert len(written()) == 3
         for step in range(150):                       # reading on lets it go on
             store.batch(step)
-        while count() < 14:
-            time.sleep(0.05)
+        wait_for(14)
 
 
 def test_a_failed_worker_stops_the_reader_with_its_error(mixed, tiny, tmp_path):

@@ -1,11 +1,11 @@
 """Every notebook is executed by papermill with its CPU parameters, as `make run` does, and what it made is looked at."""
+import importlib.metadata
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import REPO
@@ -111,8 +111,8 @@ def test_charts_samples_and_executed_notebooks_are_there(chain):
     for name in CHAIN:
         cells = json.loads((folder / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
-    environment = (folder / "environment.json").read_text()
-    assert '"torch": "2.13.0' in environment
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
@@ -238,9 +238,7 @@ def test_bad_parameters_get_clear_sentences_before_work_starts(notebook, given, 
     given = [value.replace("{folder}", str(tmp_path)) for value in given]
     if not any(value.startswith("OUTPUTS=") for value in given):
         given.append(f"OUTPUTS={tmp_path}")
-    started = time.monotonic()
     done = run(*given, notebooks=[notebook])
-    print(f"{time.monotonic() - started:.1f} s")     # about 3 s on an idle machine; never gated on time
     assert done.returncode == 2, done.stdout + done.stderr
     for part in expected:
         assert part in done.stderr, done.stderr
@@ -277,7 +275,7 @@ def test_a_misspelt_papermill_parameter_is_refused_without_our_runner(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError) as error:
         papermill.execute_notebook(REPO / "notebooks" / "02_pretrain_t4.ipynb", tmp_path / "out.ipynb", cwd=REPO,
                                    parameters={"TOKENBUDGET": 5, "OUTPUTS": str(tmp_path)}, progress_bar=False,
-                                   kernel_name="python3")
+                                   kernel_name="python3", start_timeout=3600)
     assert error.value.ename == "ParameterError" and "did you mean TOKEN_BUDGET?" in error.value.evalue
 
 

@@ -68,6 +68,8 @@ class Wrapped:
 def test_kill_9_at_random_instants(tiny):
     """20 runs of fp16 with loss scaling, INT8's random rounding and EMA, 3 kills each, against one left alone.
 
+    A run that ends before its last kill is compared all the same, and one more is made, until 60 have struck.
+
     Tried: with the averages, or the loss scale, not taken from the checkpoint, it fails.
     """
     done = subprocess.run([sys.executable, "tests/soak.py", "--runs", "20", "--kills", "3", "--store", str(tiny.store_dir)],
@@ -75,7 +77,7 @@ def test_kill_9_at_random_instants(tiny):
     assert done.stdout, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)
-    assert counts["kills"] == 60 and counts["runs"] == 20
+    assert counts["kills"] >= 60 and counts["runs"] >= 20
     assert counts["differing_files"] == [] and counts["unloadable_resumes"] == 0, done.stderr[-3000:]
     assert counts["restarts_from_step_0_although_saved"] == 0 and counts["left_behind"] == []
     assert sum(n > 0 for n in counts["kills_by_phase"].values()) >= 4
@@ -119,31 +121,31 @@ def test_a_save_cut_between_two_calls_loses_nothing(tmp_path, monkeypatch, insta
 def test_the_crash_of_one_of_two_processes_restarts_both_from_the_checkpoint(tiny, tmp_path, monkeypatch):
     """kill -9 of one worker: `launch` starts both again, once, and the weights are those of two that were left alone.
 
-    The restarted process 1 is late: process 0 must wait for its new address, not connect to the dead one's.
+    Process 1 kills itself where it would read batch 6, so that it is dead there however fast the machine is. The restarted
+    process 1 is late: process 0 must wait for its new address, not connect to the dead one's.
     """
     (tmp_path / "sitecustomize.py").write_text("""
-import os, time
-if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1" and os.environ["RANK"] == "1":
+import os, signal, sys, time
+attempt, killed = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("KILLED")
+if killed and attempt == "0" and os.environ["RANK"] == "1":
+    import stentor_data
+    batch = stentor_data.TokenStore.batch
+    def last_batch(self, step):
+        if step == 6:
+            os.close(os.open(killed, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(self, step)
+    stentor_data.TokenStore.batch = last_batch
+if attempt == "1" and os.environ["RANK"] == "1":
     time.sleep(4)
 """)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPO)]))
     recipe = dataclasses.replace(tiny.recipe, token_budget=16 * 8 * 64, eval_steps=4, best_eval_steps=4, logging_steps=1)
-    log, kills = [], []
-
-    def kill_one(line):
-        log.append(line)
-        if line.startswith("step      6/") and not kills:
-            for path in list(Path("/proc").glob("[0-9]*")):      # a list: the restarted process must not be in it
-                try:
-                    if b"RANK=1\0" in (path / "environ").read_bytes() and str(tmp_path / "killed").encode() in (
-                            path / "cmdline").read_bytes():
-                        os.kill(int(path.name), signal.SIGKILL)
-                        kills.append(path.name)
-                except (OSError, ProcessLookupError):
-                    continue
-    for name, say in (("alone", quiet), ("killed", kill_one)):
-        summary = su.launch(recipe, tiny.store_dir, tiny.tokenizer_dir, tmp_path / name, num_processes=2, say=say)
-    assert len(kills) == 1 and summary["processes"] == 2
+    for name in ("alone", "killed"):
+        log = []
+        summary = su.launch(recipe, tiny.store_dir, tiny.tokenizer_dir, tmp_path / name, num_processes=2, say=log.append)
+        monkeypatch.setenv("KILLED", str(tmp_path / "mark"))
+    assert (tmp_path / "mark").exists() and summary["processes"] == 2
     assert sum("going on from step 4 of 16" in line or "going on from step 6" in line for line in log) == 1, log[-20:]
     assert weights(tmp_path / "alone") == weights(tmp_path / "killed")
 
@@ -302,8 +304,8 @@ def test_an_error_leaves_the_kernel_usable(tiny, micro, tmp_path):
 
 
 def test_the_stop_button_in_data_preparation(tiny, tmp_path):
-    """KeyboardInterrupt after the third shard and at random instants, in one process that goes on each time: the store is
-    that of one call. How many of the random ones arrive in time depends on the machine."""
+    """KeyboardInterrupt after the third shard and at 8 random instants, in one process that goes on each time: the stores
+    are those of one call. Where it comes too late, it is drawn anew from the time that this call took, on the next store."""
     def prepare(folder, **more):
         su.prepare_tokens([tiny.source], tiny.tokenizer, folder, tokens_per_source={"topics": 150_000},
                           validation_documents=4, shard_tokens=8_000, progress=quiet, **more)
@@ -313,25 +315,29 @@ def test_the_stop_button_in_data_preparation(tiny, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
     began = time.monotonic()
     prepare(tmp_path / "whole")
-    took, draw, stops = time.monotonic() - began, random.Random(1), 0
+    took, draw, stops, folders = time.monotonic() - began, random.Random(1), 0, [tmp_path / "stopped-0"]
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "stopped", after_shard=press)
-    for _ in range(8):
+        prepare(folders[0], after_shard=press)
+    while stops < 8:
         timer = threading.Timer(draw.uniform(0, took), os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+        began = time.monotonic()
         try:
-            prepare(tmp_path / "stopped")
+            timer.start()
+            prepare(folders[-1])
+            took = min(took, time.monotonic() - began)
+            folders.append(tmp_path / f"stopped-{len(folders)}")
             timer.cancel()
-            time.sleep(0.001)
+            timer.join()                              # it may be striking just now: here, and not behind the `try`
+            time.sleep(0)
         except KeyboardInterrupt:
             stops += 1
-    prepare(tmp_path / "stopped")
-    print(f"{stops} stops")
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "stopped")]
-    assert manifests[0] == manifests[1]
-    for path in (tmp_path / "whole" / "topics").iterdir():
-        assert path.read_bytes() == (tmp_path / "stopped" / "topics" / path.name).read_bytes()
-    assert not [p for p in (tmp_path / "stopped").rglob(".*")]
+        assert len(folders) < 100, f"{stops} stops in 100 stores"
+    prepare(folders[-1])
+    print(f"{stops} stops in {len(folders)} stores")
+    for folder in folders:
+        for path in (tmp_path / "whole").rglob("*.*"):
+            assert path.read_bytes() == (folder / path.relative_to(tmp_path / "whole")).read_bytes()
+        assert not list(folder.rglob(".*"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -407,18 +413,19 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
 
 
 def test_the_lock_dies_with_its_process(tmp_path):
-    ready = tmp_path / "ready"
+    (ready, say_ready), (end, parent_lives) = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
+        os.close(parent_lives)
         su.RunLock(tmp_path)
         lock = su.RunLock.__new__(su.RunLock)         # the first was collected and released: hold one for real
         lock.__init__(tmp_path)
-        ready.touch()
-        time.sleep(60)
+        os.write(say_ready, b"x")
+        os.read(end, 1)                               # comes back only when the parent is gone
         os._exit(0)
+    os.close(say_ready)
     try:
-        while not ready.exists():
-            time.sleep(0.01)
+        assert os.read(ready, 1) == b"x"
         with pytest.raises(su.ParameterError, match=f"in use by process {pid} on"):
             su.RunLock(tmp_path)
     finally:
@@ -593,7 +600,7 @@ def test_what_does_not_belong_to_a_checkpoint_is_refused_before_the_first_step(t
 
 
 def test_200_bad_configurations_are_listed_whole():
-    """1 to 6 fields out of range, of the wrong type, or misspelt: every one is named, and the time for all is seconds."""
+    """1 to 6 fields out of range, of the wrong type, or misspelt: every one is named, and nothing is built for it."""
     draw, nan = random.Random(0), float("nan")
     counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "token_budget", "eval_steps",
               "best_eval_steps", "max_eval_samples", "save_total_limit", "logging_steps", "block_size", "hidden_size",
@@ -607,7 +614,7 @@ def test_200_bad_configurations_are_listed_whole():
            "weight_decay": [-1, 11, nan], "seed": [-1, 1.5, 2**40, None], "max_train_steps": [0, -3, "all"],
            "ema_decay": [1, -1], "fp32_critical_first": [-1, 1.5], "best_eval_start_step": [-1, 0.5],
            "source_token_budget": [0, 1.5], "learning_rte": [1], "blocksize": [1]}
-    began = time.monotonic()
+    began = time.process_time()
     for _ in range(200):
         overrides = {name: draw.choice(bad[name]) for name in draw.sample(sorted(bad), draw.randint(1, 6))}
         with pytest.raises(su.ParameterError) as caught:
@@ -617,9 +624,7 @@ def test_200_bad_configurations_are_listed_whole():
         assert all(len(problem) < 300 and "\n" not in problem for problem in caught.value.problems)
     with pytest.raises(su.ParameterError, match="fp32_critical_first = 13 must be at most 12"):
         su.find_recipe("stentor2-12m", "t4", {"fp32_critical_first": 13})
-    took = time.monotonic() - began
-    print(f"200 configurations in {took:.2f} s")
-    assert took < 5
+    assert time.process_time() - began < 30           # of the CPU; 0.1 s where it is idle
 
 
 # --- crafted checkpoints and model folders
@@ -687,12 +692,12 @@ def test_a_crafted_model_folder_is_refused(finished, tmp_path, attack, capfd):
     folder, mark = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(finished / "final", folder)
     MODEL_ATTACKS[attack](folder, pickle.dumps(Payload(mark), 2))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(su.ParameterError) as caught:
         su.load_model(folder)
     assert not mark.exists(), "the payload was executed"
     assert str(folder) in str(caught.value) and len(caught.value.problems) == 1 and len(str(caught.value)) < 500
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 60           # of the CPU, not of the clock: a second where nothing is wrong
 
 
 def test_the_payload_is_a_real_one_and_a_sound_folder_loads(finished, tmp_path):
@@ -873,23 +878,19 @@ def test_no_secret_in_anything_a_run_writes(tiny, micro, tmp_path, monkeypatch, 
 
 
 def test_resuming_reads_nothing_of_what_went_before(tiny, micro, tmp_path):
-    """At 10, 50 and 90% of a run: two batches are read before the first step is done, and the time does not grow."""
-    times = {}
+    """At 10, 50 and 90% of a run: before the second step is begun, the batch of the first has been read and no other."""
     for percent in (10, 50, 90):
         recipe = dataclasses.replace(micro, token_budget=100 * 4 * 16, eval_steps=1000, best_eval_steps=1000)
         with pytest.raises(KeyboardInterrupt):
             train(tiny, recipe, tmp_path / str(percent), store=Wrapped(tiny, recipe, lambda step, batch: (
                 os.kill(os.getpid(), signal.SIGINT) if step == percent else None, batch)[1]))
-        read, began = [], time.monotonic()
+        read = []
 
         def at(step, batch):
             read.append(step)
             if len(read) == 3:                        # the probe of the micro-batch, the first step, the second
-                times[percent] = time.monotonic() - began
                 os.kill(os.getpid(), signal.SIGINT)
             return batch
         with pytest.raises(KeyboardInterrupt):
             train(tiny, recipe, tmp_path / str(percent), store=Wrapped(tiny, recipe, at))
         assert read == [percent, percent, percent + 1], read
-    print({percent: f"{seconds:.2f} s" for percent, seconds in times.items()})
-    assert max(times.values()) < 60

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -112,31 +111,29 @@ def test_the_weights_are_a_stock_llama(whole):
     assert names == set(stock.state_dict()) - {"lm_head.weight"}
 
 
-def child(tiny, run_dir, recipe=None, **env):
-    """Start the run in a process of its own, as `launch` does."""
+def child(tiny, run_dir, recipe=None, kill=(), **env):
+    """Start the run in a process of its own, as `launch` does; kill: (line, calls) of kill_here.train."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "run.json").write_text(json.dumps({"recipe": (recipe or tiny.recipe).to_dict(), "store": str(tiny.store_dir),
                                                   "tokenizer": str(tiny.tokenizer_dir)}))
-    return subprocess.Popen([sys.executable, "-m", "stentor_utils", "train", str(run_dir / "run.json")], cwd=REPO,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    command = ["tests/kill_here.py", str(run_dir / "run.json"), *map(str, kill)] if kill else [
+        "-m", "stentor_utils", "train", str(run_dir / "run.json")]
+    return subprocess.Popen([sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "PYTHONUNBUFFERED": "1", **env})
 
 
 def test_kill_9_in_the_middle_ends_with_the_same_bits(tiny, whole, tmp_path):
-    """kill -9 at three chosen places and some random instants, then left to finish: every byte as if left alone."""
-    draw = random.Random(0)
-    run_dir, kills = tmp_path / "killed", 0
-    for wanted in ("step      0 |", "step      8 |", "step     16 |"):
-        process = child(tiny, run_dir)
-        for line in process.stdout:
-            if line.startswith(wanted):
-                time.sleep(draw.random() * 0.05)      # in the next steps, in the save, or in the evaluation
-                process.kill()
-                kills += 1
-                break
-        process.wait()
+    """kill -9 at a random place in the first steps and in two saves and evaluations, then left to finish: the same bytes.
+
+    A step of this run makes 10,000 calls, a save with the evaluation after it 80,000.
+    """
+    draw, run_dir = random.Random(0), tmp_path / "killed"
+    for wanted in ("step      0 |", "step      8/24", "step     16/24"):
+        process = child(tiny, run_dir, kill=(wanted, draw.randrange(60_000)))
+        log = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL and wanted in log, log[-2000:]
     log = child(tiny, run_dir).communicate()[0]
-    assert kills == 3 and "going on from step" in log, log[-2000:]
+    assert "going on from step 8 of 24" in log or "going on from step 16 of 24" in log, log[-2000:]
     # the process's thread count and allocator may differ from this one's: compare with a run started the same way
     alone = tmp_path / "alone"
     assert child(tiny, alone).wait() == 0
@@ -144,7 +141,9 @@ def test_kill_9_in_the_middle_ends_with_the_same_bits(tiny, whole, tmp_path):
 
 
 def test_sigterm_saves_and_goes_on(tiny, tmp_path):
-    recipe = dataclasses.replace(tiny.recipe, logging_steps=1)
+    """Of a run so long that it cannot end before the signal reaches it, however late that is."""
+    steps = 100_000
+    recipe = dataclasses.replace(tiny.recipe, token_budget=steps * 8 * 64, logging_steps=1)
     process = child(tiny, tmp_path / "run", recipe)
     for line in process.stdout:
         if line.startswith("step      3/"):
@@ -153,8 +152,11 @@ def test_sigterm_saves_and_goes_on(tiny, tmp_path):
     log = process.communicate()[0]
     assert process.returncode == 143 and "Run the same again to go on" in log
     stopped = int(su.checkpoint_folders(tmp_path / "run")[-1].name[5:])
-    assert 3 <= stopped < 24
-    assert f"going on from step {stopped}" in child(tiny, tmp_path / "run", recipe).communicate()[0]
+    assert 3 <= stopped < steps
+    process = child(tiny, tmp_path / "run", recipe)
+    assert any(f"going on from step {stopped} of 100,000" in line for line in process.stdout)       # to its end if it is not
+    process.kill()
+    process.wait()
 
 
 def test_deadline_saves_and_the_next_call_goes_on(tiny, whole, tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -88,13 +89,10 @@ def cpu_alone(tiny, tmp_path_factory):
 def test_kill_9_and_going_on_ends_with_the_same_bits(tiny, xla_alone, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
-    env = {**os.environ, "STENTOR_ENGINE": "xla", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "stentor_utils", "train", str(tmp_path / "run.json")], cwd=REPO, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if line.startswith("step     12/24"):
-            process.kill()
-    process.wait()
+    env = {**os.environ, "STENTOR_ENGINE": "xla", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8"}
+    done = subprocess.run([sys.executable, "tests/kill_here.py", str(tmp_path / "run.json"), "step     12/24", "0"], cwd=REPO,
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     summary, rows, log = run(tiny.recipe, tiny, tmp_path, xla="CPU")
     assert any("going on from step 8 of 24" in line for line in log)
     for name in ("final/model.safetensors", "checkpoints/step-00000024/model.safetensors",
