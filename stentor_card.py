@@ -726,8 +726,8 @@ def description_problems(run_dir) -> list[str]:
     state, facts = su.newest_state(run_dir), Facts(run_dir)
     try:
         different = su.recipe_differences(su.Recipe.from_dict(facts.read("run.json")["recipe"]), run_dir)
-    except (su.ParameterError, TypeError, KeyError, AttributeError):  # not there, or of another version of the suite: not measured
-        different = []
+    except (su.ParameterError, TypeError, KeyError, AttributeError):
+        different = []                                # not there, or of another version of the suite: shown as not measured
     problems = [f"run.json is not of the run that was trained: {'; '.join(different)}. Launch the run with the checkpoint's "
                 "values again (what is done is not done again)."] if different else []
     steps = facts.get("summary.json", "step"), state.get("step")
