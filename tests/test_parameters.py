@@ -206,8 +206,9 @@ def test_a_run_finds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
     for run, size in (("demo", 4096), ("other", 2048)):
         tiny.tokenizer.save_pretrained(tmp_path / run / "tokenizer")
         (tmp_path / run / "tokenizer" / "report.json").write_text(json.dumps({"vocabulary": "build", "vocab_size": size}))
-    where, _ = su.open_tokenizer(None, recipe, tmp_path / "tpu")
-    assert where == tmp_path / "demo" / "tokenizer" and str(where) in capsys.readouterr().out
+    where, tokenizer = su.open_tokenizer(None, recipe, tmp_path / "tpu")      # kept there by the notebook, once checked
+    assert where == tmp_path / "tpu" / "tokenizer" and not where.exists() and len(tokenizer) == len(tiny.tokenizer)
+    assert f"taken is {tmp_path / 'demo' / 'tokenizer'}" in capsys.readouterr().out
     assert su.open_tokenizer(str(tmp_path / "other" / "tokenizer"), recipe, tmp_path / "tpu")[0].endswith("other/tokenizer")
     monkeypatch.delenv("STENTOR_VOCABS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
