@@ -712,9 +712,9 @@ def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -
 
     Raises ParameterError with everything that is wrong: unknown recipe, unknown field, values out of range.
     """
-    if name not in ALL_RECIPES:
-        near = difflib.get_close_matches(name, ALL_RECIPES, n=1)
-        raise ParameterError([f"RECIPE = {name!r} is not known" + (f" (did you mean {near[0]}?)" if near else "")
+    if name not in list(ALL_RECIPES):
+        near = difflib.get_close_matches(str(name), ALL_RECIPES, n=1)
+        raise ParameterError([f"RECIPE = {shown(name)} is not known" + (f" (did you mean {near[0]}?)" if near else "")
                               + f"; known: {', '.join(RECIPES)}, each also as ...-repaired."])
     recipe = ALL_RECIPES[name].scaled_to("cpu") if profile == "cpu" else ALL_RECIPES[name]
     shape_fields = {f.name for f in dataclasses.fields(Shape)}
@@ -753,44 +753,47 @@ def _read_source(given, problems: list[str]):
 
 
 def open_tokenizer(named: str | None, recipe: Recipe, run_dir):
-    """(where, tokenizer) for a run. where: a folder or hub name; the folder is not there yet for a released vocabulary.
+    """(where, tokenizer) for a run: a folder or hub name, and what it holds.
 
     The one named, else run_dir/tokenizer, else the hub tokenizer that the recipe names, else one that 01 made for this recipe
-    under another RUN, else the released vocabulary that the recipe names. Raises ParameterError, in one sentence; creates
-    nothing in run_dir.
+    under another RUN, else the released vocabulary that the recipe names. The last two are for `save_tokenizer` to keep in
+    run_dir/tokenizer, which is not there yet: this creates nothing. Raises ParameterError, in one sentence.
     """
-    run_dir = Path(run_dir)
-    where, released = named or run_dir / "tokenizer", None
-    if not named and not Path(where).exists():
-        others = [path for path in sorted(run_dir.parent.glob("*/tokenizer")) if _made_for(path, recipe)]
-        if recipe.tokenizer.startswith("hf:"):
-            where = recipe.tokenizer
-        elif others:
-            where = max(others, key=lambda path: (path / "report.json").stat().st_mtime)
-            print(f"TOKENIZER: there is no {run_dir / 'tokenizer'}; taken is {where}, which 01 made for this recipe.")
-        elif recipe.tokenizer not in ("build", "bpe"):
-            try:
-                released = find_vocabulary(recipe.tokenizer)
-            except ParameterError as error:
-                raise ParameterError([f"TOKENIZER: there is no {where}, and {error} Run 01_tokenizer first, or switch internet "
-                                      "on (Kaggle: Settings, Internet)."]) from None
+    own = Path(run_dir) / "tokenizer"
+    if named or own.exists():
+        return named or own, _load_or_refuse(named or own, recipe, own)
+    if recipe.tokenizer.startswith("hf:"):
+        return recipe.tokenizer, _load_or_refuse(recipe.tokenizer, recipe, own)
+    if others := [path for path in own.parent.parent.glob("*/tokenizer") if _made_for(path, recipe)]:
+        newest = max(others, key=lambda path: (path / "report.json").stat().st_mtime)
+        print(f"TOKENIZER: there is no {own}; taken is {newest}, which 01 made for this recipe.")
+        return own, _load_or_refuse(newest, recipe, own)
+    if recipe.tokenizer in ("build", "bpe"):
+        return own, _load_or_refuse(own, recipe, own)
+    from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
     try:
-        if released:
-            from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
-            vocabulary, rows = Vocabulary.from_file(released), recipe.shape.vocab_size
-            vocabulary = vocabulary.resize(rows - 2) if len(vocabulary) > rows - 2 else vocabulary      # as 01 does
-            return where, TokenMonsterTokenizer.from_vocabulary(vocabulary, vocab_size=rows)
+        vocabulary = Vocabulary.from_file(find_vocabulary(recipe.tokenizer))
+    except (ValueError, OSError) as error:            # a ParameterError too
+        raise ParameterError([f"TOKENIZER: there is no {own}, and {str(error).rstrip('.')}; run 01_tokenizer first, or switch "
+                              "internet on (Kaggle: Settings, Internet)."]) from None
+    rows = recipe.shape.vocab_size
+    if len(vocabulary) > rows - 2:                    # as 01 does
+        vocabulary = vocabulary.resize(rows - 2)
+    return own, TokenMonsterTokenizer.from_vocabulary(vocabulary, vocab_size=rows)
+
+
+def _load_or_refuse(where, recipe: Recipe, own: Path):
+    """The tokenizer in a folder or at a hub name; ParameterError, in one sentence, where there is none."""
+    try:
         wrong = tokenizer_problem(where)
-        tokenizer = None if wrong else load_tokenizer(where)
+        if not wrong:
+            return load_tokenizer(where)
     except Exception as error:                        # whatever a damaged or missing file makes of the parsers
         wrong = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if wrong:
-        way = ("run 01_tokenizer first (RUN = {!r}, RECIPE = {!r}), or name a tokenizer folder".format(
-            run_dir.name, recipe.name.removesuffix("-cpu")))
-        if str(where).startswith("hf:"):
-            way = "switch internet on (Kaggle: Settings, Internet), or name a tokenizer folder"
-        raise ParameterError([f"TOKENIZER = {str(where)!r} {wrong}; {way}."])
-    return where, tokenizer
+    way = f"run 01_tokenizer first (RUN = {own.parent.name!r}, RECIPE = {recipe.name.removesuffix('-cpu')!r})"
+    if str(where).startswith("hf:"):
+        way = "switch internet on (Kaggle: Settings, Internet)"
+    raise ParameterError([f"TOKENIZER = {str(where)!r} {wrong}; {way}, or name a tokenizer folder."])
 
 
 def _made_for(folder: Path, recipe: Recipe) -> bool:

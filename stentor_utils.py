@@ -1658,7 +1658,7 @@ def writable_run(run_dir, say=print) -> Path:
     copy_dir = find_outputs("outputs") / f"attached-{mark}" / run_dir.name
     say(f"{run_dir} cannot be written to: what is made here goes to {copy_dir}, a copy of it")
     copy_dir.mkdir(parents=True, exist_ok=True)
-    for path in run_dir.iterdir():
+    for path in run_dir.glob("[!.]*"):
         if path.is_dir() and path.name not in ("final", "charts"):
             if not os.path.lexists(copy_dir / path.name):
                 (copy_dir / path.name).symlink_to(path)

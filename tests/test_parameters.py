@@ -134,6 +134,15 @@ def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("run, said", [("empty", "holds no run"), ("..", "plain name"), ("gone", "is not in")])
+def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
+    (tmp_path / "empty" / "notebooks").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "run_notebooks.py", "run", "06_charts", "-p", f"RUN={run}", f"OUTPUTS={tmp_path}"],
+                          cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notebooks"]
+
+
 # --- the session
 
 
@@ -197,8 +206,9 @@ def test_a_run_finds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
     for run, size in (("demo", 4096), ("other", 2048)):
         tiny.tokenizer.save_pretrained(tmp_path / run / "tokenizer")
         (tmp_path / run / "tokenizer" / "report.json").write_text(json.dumps({"vocabulary": "build", "vocab_size": size}))
-    where, _ = su.open_tokenizer(None, recipe, tmp_path / "tpu")
-    assert where == tmp_path / "demo" / "tokenizer" and str(where) in capsys.readouterr().out
+    where, tokenizer = su.open_tokenizer(None, recipe, tmp_path / "tpu")      # kept there by the notebook, once checked
+    assert where == tmp_path / "tpu" / "tokenizer" and not where.exists() and len(tokenizer) == len(tiny.tokenizer)
+    assert f"taken is {tmp_path / 'demo' / 'tokenizer'}" in capsys.readouterr().out
     assert su.open_tokenizer(str(tmp_path / "other" / "tokenizer"), recipe, tmp_path / "tpu")[0].endswith("other/tokenizer")
     monkeypatch.delenv("STENTOR_VOCABS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
