@@ -179,6 +179,7 @@ su.train_from_file(run / "run.json")
 own = su.load_model(finished / "final").state_dict()
 for model in (su.load_model("hf:me/model"), stentor_eval.load_model("hf:me/model", "float32", torch.device("cpu"))[0]):
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
+assert not model.generation_config.do_sample and model.generation_config.repetition_penalty in (None, 1.0)     # the protocol's
 for load in (su.load_model, lambda name: stentor_eval.load_model(name, "float32", torch.device("cpu"))):
     try:
         load("hf:me/broken")
