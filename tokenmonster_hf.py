@@ -1594,7 +1594,8 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         text = "".join(parts)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        clean_up = clean_up_tokenization_spaces and getattr(self, "clean_up_tokenization", None)  # transformers 5.0 has none
+        return clean_up(text) if clean_up else text
 
     def _decode_run(self, ids):
         decoder = self.vocabulary.decoder()
