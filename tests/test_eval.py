@@ -920,3 +920,11 @@ def test_less_bits_per_byte_is_the_better_rank(notebook):
     assert (rows["better"]["rank"], rows["worse"]["rank"]) == ("1", "2") and rows["better"]["score"] < rows["worse"]["score"]
     expected = -sum(n for n, _ in good) / math.log(2) / (40 * 50)
     assert rows["better"]["score"] == pytest.approx(expected)
+
+
+def test_the_formats_stand_in_the_notebook():
+    cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
+    about = next("".join(cell["source"]) for cell in cells if cell["id"] == "suite-about")
+    columns = {name for tells, _, _ in se.KINDS.values() for names in tells for name in names}
+    for name in {*columns, *se.QUESTIONS, *se.PASSAGES, *se.LABELS, *se.TASK_FILES}:
+        assert f"`{name}`" in about, name
