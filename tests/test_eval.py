@@ -510,6 +510,10 @@ def test_a_model_that_knows_nothing_scores_chance(ours, tmp_path):
         "local": write_jsonl(tmp_path / "t" / "pairs.jsonl", rows)})["tasks"]["t/pairs"]
     assert task["metrics"]["acc,none"] == 0.5 and task["ties"]["acc,none"] == len(rows) == 39
     assert task["lm_eval_metrics"]["acc,none"] == 1.0
+    with torch.no_grad():
+        blank.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="t/pairs, item 0: the model's log-likelihood is not a number"):
+        se.evaluate_block(se.StentorLM(blank, ours.tokenizer), {"local": tmp_path / "t"})
 
 
 def test_generation_from_nothing_and_for_longer_than_the_model(ours, english):
