@@ -269,6 +269,7 @@ def benchmarks(facts: Facts) -> str:
             "**this model**" if row["model"] == model else facts.show(file, i, "model", form=cell),
             f"{score} [{low}, {high}]", facts.show(file, i, "chance", form=".4f") if row.get("chance") else "no chance level",
             facts.show(file, i, "rank", form=cell) if row.get("rank") else ""]) + " |")
+    lines += cautions(facts, file)
     tasks = facts.get("benchmark/contamination.json", "tasks")
     if isinstance(tasks, dict):
         place = ("benchmark/contamination.json", "tasks")
@@ -285,6 +286,21 @@ def benchmarks(facts: Facts) -> str:
     else:
         lines += ["", f"Contamination of the training text by benchmark items: {NOT_MEASURED}."]
     return "\n".join([*lines, "", *pictures(facts, "benchmark", "blimp")])
+
+
+def cautions(facts: Facts, file: str) -> list[str]:
+    """A paragraph for each score of benchmark/results.csv that contexts were cut for, or where choices tie."""
+    lines = []
+    for i, row in enumerate(facts.read(file)):
+        where = " of ".join(facts.show(file, i, key, form=cell) for key in ("task", "model"))
+        truncated, requests, ties, items = (facts.show(file, i, key, form=",.0f") if float(row.get(key) or 0) else ""
+                                            for key in ("truncated", "requests", "ties", "n"))
+        if truncated:
+            lines += ["", f"{where}: {truncated} of {requests} requests were longer than the model and lost the left of their "
+                      "context."]
+        if ties:
+            lines += ["", f"{where}: in {ties} of {items} items the best choices tie and share the point."]
+    return lines
 
 
 def instruct(facts: Facts) -> str:

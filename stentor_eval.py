@@ -1047,6 +1047,9 @@ def count_ties(task, samples: list[dict], result: dict) -> None:
         for sample in samples:
             choices = task.doc_to_choice(sample["doc"])
             lls = [answer[0] / max(1, length(choice)) for answer, choice in zip(sample["filtered_resps"], choices)]
+            if any(map(math.isnan, lls)):             # no choice is the likeliest, yet argmax names one
+                raise ValueError(f"{task.config.task}, item {sample['doc_id']}: the model's log-likelihood is not a number; "
+                                 "where its weights are sound, try DTYPE = 'float32'.")
             found.append(share_of_ties(lls, golds_of(task, sample["doc"])))
         items, own = [score for score, _ in found], result["metrics"][name]
         result["items"][name], result["metrics"][name] = items, float(np.mean(items))

@@ -184,6 +184,19 @@ def test_the_instruct_version_and_its_probe_are_in_the_card(run_dir):
     assert any("62.6%" in problem for problem in stentor_card.check_model_card(run_dir))
 
 
+def test_cut_contexts_ties_and_unchecked_items_are_in_the_card(run_dir):
+    (run_dir / "benchmark" / "results.csv").write_text(
+        "task,model,metric,score,low,high,chance,rank,n,requests,truncated,ties\n"
+        "mmlu,demo,acc,0.25,0.21,0.3,0.25,,200.0,800.0,288.0,0.0\nblimp,peer,acc,0.6,0.5,0.7,0.5,,67000.0,,,1234.0\n")
+    (run_dir / "benchmark" / "contamination.json").write_text(json.dumps({"ngram": 13, "tasks": {
+        "mmlu": {"items": 200, "items_checked": 150, "contaminated": 3, "short_checked": 40, "short_found": 2}}}))
+    card = su.write_model_card(run_dir).read_text()
+    assert stentor_card.check_model_card(run_dir) == []
+    assert "mmlu of demo: 288 of 800 requests were longer than the model" in card
+    assert "blimp of peer: in 1,234 of 67,000 items the best choices tie" in card and "mmlu of demo: in" not in card
+    assert "2 stand in it whole; 10 are too short to be checked" in card
+
+
 def test_an_own_recipe_is_held_against_nothing(run_dir):
     path = run_dir / "run.json"
     run = json.loads(path.read_text())

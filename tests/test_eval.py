@@ -523,6 +523,10 @@ def test_a_model_that_knows_nothing_scores_chance(ours, tmp_path):
         "local": write_jsonl(tmp_path / "t" / "pairs.jsonl", rows)})["tasks"]["t/pairs"]
     assert task["metrics"]["acc,none"] == 0.5 and task["ties"]["acc,none"] == len(rows) == 39
     assert task["lm_eval_metrics"]["acc,none"] == 1.0
+    with torch.no_grad():
+        blank.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="t/pairs, item 0: the model's log-likelihood is not a number"):
+        se.evaluate_block(se.StentorLM(blank, ours.tokenizer), {"local": tmp_path / "t"})
 
 
 def test_generation_from_nothing_and_for_longer_than_the_model(ours, english):
@@ -944,3 +948,11 @@ def test_less_bits_per_byte_is_the_better_rank(notebook):
     assert (rows["better"]["rank"], rows["worse"]["rank"]) == ("1", "2") and rows["better"]["score"] < rows["worse"]["score"]
     expected = -sum(n for n, _ in good) / math.log(2) / (40 * 50)
     assert rows["better"]["score"] == pytest.approx(expected)
+
+
+def test_the_formats_stand_in_the_notebook():
+    cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
+    about = next("".join(cell["source"]) for cell in cells if cell["id"] == "suite-about")
+    columns = {name for tells, _, _ in se.KINDS.values() for names in tells for name in names}
+    for name in {*columns, *se.QUESTIONS, *se.PASSAGES, *se.LABELS, *se.TASK_FILES}:
+        assert f"`{name}`" in about, name

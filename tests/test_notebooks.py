@@ -210,7 +210,7 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
      ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
     ("05_benchmark", ["LOCAL_TASKS=['{folder}/tasks.jsonl', None]", "PEERS={'untrained': ''}", "MODEL=/no/such/model"],
      ["tasks.jsonl, line 2, row 1: answer = ''", "LOCAL_TASKS: None is no path", "PEERS['untrained'] = ''",
-       "its name is taken"]),
+      "its name is taken"]),
     ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
     ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
     ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
