@@ -1175,17 +1175,30 @@ class Vocabulary:
         parts = _normalize(spare.join(parts), self.normalization, self.charset).split(spare)
         sizes = [len(p.decode("utf-8", "surrogateescape")) if self.capcode == 2 else len(p) for p in parts[:-1]]
         data = self.normalize(text)
+        ids, _, missing = self._encode([data])
+        if missing:
+            bounds = np.array(self._spans(data, ids.tolist()), np.int64).reshape(-1, 2)
+        else:  # without a loop: what the ids stand for is the text, but for deleted spaces
+            pieces = self._pieces(ids)
+            data, ends = b"".join(pieces), np.cumsum([len(p) for p in pieces], dtype=np.int64)
+            bounds = np.stack([ends - np.diff(ends, prepend=0), ends], axis=1)
+        units = self._units(data)
+        begins, lasts = bounds[:, 0], np.maximum(bounds[:, 1], bounds[:, 0] + 1) - 1
+        # only the space of a capital makes the units of one token fall: a marker, then the space, then the capital
+        lows = np.minimum(units[begins], units[np.minimum(begins + 1, lasts)])
+        highs = np.maximum(units[lasts], units[np.maximum(lasts - 1, begins)])
+        return np.cumsum(sizes, dtype=np.int64), lows, highs + 1
+
+    def _units(self, data):
+        """The unit (see align) that each byte of `data` (capcode form) belongs to, and one that is behind its end."""
         _, kept = _capcode_decode(data, self.capcode, self.backend, np.zeros(4, np.int64))
         kept = np.append(kept > 0, True)
-        units = np.cumsum(kept) - kept  # of a byte; of one that gives no character: of the next that does
+        units = np.cumsum(kept) - kept  # of a byte that gives no character: that of the next one that does
         if self.capcode == 2:
             flat = np.frombuffer(data + b"\0 ", np.uint8)
-            moved = np.isin(flat[:-1], (67, 87)) & (flat[1:] == 32) & np.append(kept[1:], False)
-            units = units + moved  # the space in front of a capital stands behind its marker
-        units, spans = units.tolist(), self._spans(data, self._encode([data])[0].tolist())
-        held = [units[a : max(b, a + 1)] for a, b in spans]
-        starts, ends = np.array([(min(h), max(h) + 1) for h in held], np.int64).reshape(-1, 2).T
-        return np.cumsum(sizes, dtype=np.int64), starts, ends
+            spaces = (flat[1:] == 32) & np.append(kept[1:], False)
+            units += np.isin(flat[:-1], (67, 87)) & spaces  # a capital's marker stands in front of the space before it
+        return units
 
     def _spans(self, data, ids):
         """[(start, end)] of the tokens `ids` in the bytes `data` (capcode form) that they are the encoding of."""
@@ -1515,8 +1528,10 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         return len(self) - before
 
     def _add_tokens(self, *args, **kwargs):
+        added, n = super()._add_tokens(*args, **kwargs), self.vocabulary.n_ids
         self._splitter = None
-        return super()._add_tokens(*args, **kwargs)
+        self._inner_special = [i for i, t in self._added_tokens_decoder.items() if i < n and t.special]
+        return added
 
     # -- what transformers asks of a tokenizer --
 
@@ -1568,7 +1583,8 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
             if isinstance(item, str):
                 pieces = self._pieces(item, split)
                 return [i for token, a, b in pieces for i in self._piece_ids(item[a:b], token)] or item
-            return type(item)(map(encode, item)) if isinstance(item, (list, tuple)) else item
+            inner = isinstance(item, (list, tuple)) and item and not isinstance(item[0], int)  # the base class comes back
+            return type(item)(map(encode, item)) if inner else item  # with the ids of each text of a batch
 
         if not (kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")):
             text, text_pair = encode(text), encode(text_pair)
@@ -1577,12 +1593,13 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
     def _runs(self, ids, skip_special_tokens=False):
         """The ids in stretches: (ids of the vocabulary, the added token behind them or None). A special token of the
         vocabulary (eos_token may be one) is text, unless special tokens are skipped."""
-        n, added, start = self.vocabulary.n_ids, self._added_tokens_decoder, 0
-        ids = np.atleast_1d(np.asarray(ids, dtype=np.int64))
-        for at, i in enumerate(ids.tolist()):
-            if i >= n or (skip_special_tokens and i in added and added[i].special):
-                yield ids[start:at], added.get(i)
-                start = at + 1
+        ids, start = np.atleast_1d(np.asarray(ids, dtype=np.int64)), 0
+        cut = ids >= self.vocabulary.n_ids
+        if skip_special_tokens and self._inner_special:
+            cut |= np.isin(ids, self._inner_special)
+        for at in np.flatnonzero(cut).tolist():
+            yield ids[start:at], self._added_tokens_decoder.get(int(ids[at]))
+            start = at + 1
         yield ids[start:], None
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
