@@ -825,12 +825,13 @@ def encode_documents(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarra
 
 def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str, int], validation_documents: int,
                    shard_tokens: int = 1 << 24, longest_document: int = 2_000_000, progress=print, after_shard=None,
-                   **reading) -> Path:
+                   beside=(), **reading) -> Path:
     """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; go on where an earlier call stopped.
 
     tokens_per_source: {source.name: tokens wanted}; a source that ends earlier is used whole (and for more epochs).
     The first `validation_documents` good documents of each source are its validation text and never enter training, nor does
-    a training document of any of the sources that is equal to one of them (counted as "also in validation").
+    a training document that is equal to one of these of any source, or of the sources `beside` this store, which other
+    folders hold (counted as "also in validation").
     Documents that are null, empty, not a string, invalid UTF-8 or longer than `longest_document` characters are skipped
     and counted. Writes manifest.json (atomically, after each shard): tokenizer hash, sources, counts of documents,
     tokens and UTF-8 bytes of the cleaned text, sha256 of each shard, and the cursor to go on from. A hub source is read at
@@ -873,9 +874,16 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
         if texts is not None:
             entry["validation"] = _write_ids(store_dir, source, "validation.bin", _encoded(tokenizer, texts)) | {
                 "documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
+    left_out = set()
+    for entry in entries if todo else ():
+        left_out |= _documents_of(np.fromfile(store_dir / entry["validation"]["file"], "<u2"), tokenizer.eos_token_id)
+    for source in beside if todo else ():
+        with contextlib.suppress(ParameterError):     # the call that fills it says so
+            texts = _held_out(source, {}, validation_documents, {"longest_document": longest_document, **reading})
+            left_out |= _documents_of(_encoded(tokenizer, texts), tokenizer.eos_token_id)
     for source, entry in zip(at, entries):
-        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], shard_tokens, longest_document,
-              progress, reading, after_shard)
+        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], left_out, shard_tokens,
+              longest_document, progress, reading, after_shard)
     return store_dir
 
 
@@ -916,14 +924,9 @@ def _encoded(tokenizer, texts: list[str], left_out=frozenset()) -> np.ndarray:
     return np.insert(ids, offsets[1:], tokenizer.eos_token_id)
 
 
-def _validation_documents(store_dir: Path, manifest: dict) -> set[bytes]:
-    """The ids of every validation document of a store, as bytes."""
-    found = set()
-    for entry in manifest["sources"].values():
-        ids = np.fromfile(store_dir / entry["validation"]["file"], "<u2")
-        ends = np.flatnonzero(ids == manifest["eos_token_id"])
-        found |= {document.tobytes() for document in np.split(ids, ends + 1)[:-1]}
-    return {document[:-2] for document in found}      # without EOS
+def _documents_of(ids: np.ndarray, eos: int) -> set[bytes]:
+    """The documents of a run of ids, each as the bytes of its ids without EOS."""
+    return {document.tobytes()[:-2] for document in np.split(ids, np.flatnonzero(ids == eos) + 1)[:-1]}
 
 
 def _write_ids(store_dir: Path, source: Source, name: str, ids: np.ndarray) -> dict:
@@ -949,12 +952,11 @@ def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -
     return dataclasses.replace(source, revision=entry["revision"])
 
 
-def _fill(source, tokenizer, store_dir, manifest, entry, wanted, shard_tokens, longest, progress, reading, after_shard=None):
+def _fill(source, tokenizer, store_dir, manifest, entry, wanted, left_out, shard_tokens, longest, progress, reading,
+          after_shard=None):
     if entry["filled"] >= wanted:
         return
     folder = store_dir / source.name
-    held_out = _validation_documents(store_dir, manifest)
-
     # A shard is cut in the middle of a document: what is over goes to the next one, and into a file for a restart. One file
     # for each number of shards: a kill between it and the manifest must leave the one that the old manifest needs.
     carry = str(folder / "carry-{:05d}.bin").format
@@ -971,7 +973,7 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, shard_tokens, l
         nonlocal pending, texts
         if texts:
             read = len(texts)
-            pending = np.concatenate([pending, _encoded(tokenizer, texts, held_out)])
+            pending = np.concatenate([pending, _encoded(tokenizer, texts, left_out)])
             skip("also in validation", read - len(texts))
             counts["documents"] += len(texts)
             counts["characters"] += sum(map(len, texts))
@@ -1159,6 +1161,7 @@ def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int, a
         fcntl.flock(lock, fcntl.LOCK_EX)              # a worker of a killed run may be in its last shard
         prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted}, shard_tokens=shard_tokens,
                        validation_documents=recipe.max_eval_samples, after_shard=wait_for_the_reader,
+                       beside=[other for other in recipe.sources if other.name in set(source_names(recipe)) - {name}],
                        progress=lambda text: None)
 
 

@@ -319,6 +319,21 @@ def test_no_validation_document_is_trained_on_wherever_it_stands_again(tiny, tmp
         assert entry["bytes"] == 12
 
 
+def test_workers_keep_each_others_validation_out_too(tiny, tmp_path):
+    """The growing store: one folder and one worker a source, and the same text stands in two of them."""
+    held, more = [f"held out number {i}" for i in range(4)], ["words of training text " * 40 for _ in range(20)]
+    (tmp_path / "a.jsonl").write_bytes(written(".jsonl", ["a first", *held[:3], *more, *held]))
+    (tmp_path / "b.jsonl").write_bytes(written(".jsonl", [*held, "a first", *more]))
+    recipe = dataclasses.replace(tiny.recipe, sources=tuple(su.Source(name, str(tmp_path / f"{name}.jsonl"), 0.5)
+                                                            for name in ("a", "b")))
+    for name in ("a", "b"):
+        su.fill_source(dataclasses.replace(recipe, token_budget=10 ** 6), tiny.tokenizer, tmp_path / "store", name,
+                       shard_tokens=6400)
+        texts, entry = stored(tiny, tmp_path / "store" / name, name)
+        assert {text.strip() for text in texts} == {more[0].strip()} and entry["documents"] == len(texts) == 20
+    assert entry["skipped"] == {"also in validation": 1}
+
+
 # --- memory
 
 
@@ -375,9 +390,9 @@ def test_a_store_reads_on_in_the_middle_of_every_format(tiny, tmp_path):
         path = tmp_path / f"docs{kind}"
         path.write_bytes(written(kind, texts))
         folders = [tmp_path / f"{kind[1:]}-{i}" for i in range(2)]
-        for wanted, folder in ((10 ** 6, folders[0]), (800, folders[1]), (4_000, folders[1]), (10 ** 6, folders[1])):
+        for wanted, folder in ((10 ** 6, folders[0]), (1_500, folders[1]), (10 ** 6, folders[1])):
             su.prepare_tokens([su.Source("it", str(path))], tiny.tokenizer, folder, tokens_per_source={"it": wanted},
-                              validation_documents=2, shard_tokens=500)
+                              validation_documents=2, shard_tokens=1500)
         assert stored(tiny, folders[0], "it")[0] == [text.strip() for text in texts[2:]] == stored(tiny, folders[1], "it")[0]
 
 
