@@ -363,6 +363,10 @@ def _is_data(name: str) -> bool:
     return bool(_format(name)[0]) and not _is_hidden(name) and name.rpartition("/")[2].lower() not in _NOT_DATA
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder).as_posix())]
+
+
 def _local_files(source: Source) -> dict[str, int]:
     """source_files of a file, a folder or an embedded corpus."""
     path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
@@ -371,7 +375,7 @@ def _local_files(source: Source) -> dict[str, int]:
             raise ParameterError([f"source {source.name}: {path} cannot be read; what can be: {_READABLE}. "
                                   "Unpack or convert it."])
         return {str(path): path.stat().st_size}
-    visible = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
+    visible = _visible_files(path)
     files = [p for p in visible if _is_data(p.name)]
     if not files:
         there = f" (there: {', '.join(p.name for p in visible[:5])})" if visible else ""
@@ -399,9 +403,17 @@ def _unpacked(file, packing: str):
     return file
 
 
-def _blocks(file):
+_NO_TEXT = {b"\x1f\x8b": "is packed by gzip", b"BZh": "is packed by bzip2", b"\xfd7zXZ": "is packed by xz",
+            b"\x28\xb5\x2f\xfd": "is packed by zstd", b"PK\x03\x04": "is a zip archive", b"PAR1": "is a parquet file",
+            b"ARROW1": "is an arrow file", b"version https://git-lfs": "is a pointer of Git LFS (fetch the file: git lfs pull)"}
+
+
+def _blocks(file, name: str):
     """The text of an open file, a megabyte at a time: in the encoding that its first bytes tell, every line end as \\n."""
     block = file.read(1 << 20)
+    for magic, what in _NO_TEXT.items():
+        if block.startswith(magic):
+            raise ParameterError([f"{name} {what}, not what its ending says."])
     decoder = codecs.getincrementaldecoder(json.detect_encoding(block))("lone_surrogate")
     decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
     while block:
@@ -673,7 +685,7 @@ def _rows(file, name: str, field: str | None, fields: _Fields, start: int):
     if kind == "arrow":
         yield from _arrow_file_rows(file, name, field, start)
         return
-    blocks = _blocks(_unpacked(file, packing))
+    blocks = _blocks(_unpacked(file, packing), name)
     if kind == "txt":
         yield from _txt_documents(blocks, start)
     elif kind == "json":
@@ -863,6 +875,11 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     todo = [(source, entry) for source, entry in zip(sources, entries) if entry["filled"] < tokens_per_source[source.name]]
     if problems := [problem for source, _ in todo for problem in source_problems(source)]:
         raise ParameterError(problems)
+    for source, _ in todo:
+        if not source.path.startswith(("hf:", "local:")):
+            if others := [p.name for p in _visible_files(Path(source.path)) if not _is_data(p.name)]:
+                progress(f"source {source.name}: not read in {source.path}: {', '.join(others[:5])}"
+                         + f" and {len(others) - 5} more" * (len(others) > 5))
     at = [_at_its_commit(source, entry, entry["filled"] >= tokens_per_source[source.name], reading)
           if source.path.startswith("hf:") else source for source, entry in zip(sources, entries)]
     held_out = [None if entry["validation"] else

@@ -256,6 +256,25 @@ def test_what_cannot_be_read_is_refused_before_it_is_opened(tiny, tmp_path, name
         assert "max_eval_samples" not in str(caught.value) and not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("data, said", [(gzip.compress(b"{}"), "is packed by gzip"), (written(".parquet"), "is a parquet file"),
+                                        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull")])
+def test_a_file_that_is_not_what_its_ending_says_is_refused(tmp_path, data, said):
+    for kind in (".jsonl", ".json", ".csv", ".txt"):
+        (tmp_path / f"docs{kind}").write_bytes(data)
+        with pytest.raises(su.ParameterError, match=f"docs{kind} .*{said}"):
+            read(tmp_path / f"docs{kind}")
+
+
+def test_what_is_left_unread_in_a_folder_is_said(tiny, tmp_path):
+    folder, said = tmp_path / "folder", []
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(written(".jsonl"))
+    (folder / "b.jsonl.zip").write_bytes(b"PK")
+    su.prepare_tokens([su.Source("it", str(folder))], tiny.tokenizer, tmp_path / "store", tokens_per_source={"it": 10},
+                      validation_documents=2, progress=said.append)
+    assert said == [f"source it: not read in {folder}: b.jsonl.zip"]
+
+
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"])
 def test_a_missing_text_column_is_named_with_those_that_are_there(tiny, tmp_path, kind):
     path = tmp_path / f"docs{kind}"
@@ -350,9 +369,9 @@ for path in sys.argv[1:]:
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path):
-    """64 MB in one file, one row group: reading all adds 53 MB; to hold one adds 64, as text 64 more."""
+    """48 MB in one file, one row group: reading all adds 53 MB; to hold one adds 48, as text 48 more."""
     text = "".join(f"line {i} of a document that is one of many\n" for i in range(100))
-    texts = [f"{i} {text}" for i in range((64 << 20) // len(text))]
+    texts = [f"{i} {text}" for i in range((48 << 20) // len(text))]
     for kind in (".txt", ".json", ".csv", ".jsonl"):
         (tmp_path / f"docs{kind}").write_bytes(written(kind, texts))
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "docs.jsonl").read_bytes(), 1))
