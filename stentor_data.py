@@ -609,6 +609,10 @@ def _is_data(name: str) -> bool:
     return bool(_format(name)[0]) and not _is_hidden(name) and name.rpartition("/")[2].lower() not in _NOT_DATA
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder).as_posix())]
+
+
 def _local_files(source: Source) -> dict[str, int]:
     """source_files of a file, a folder or an embedded corpus."""
     path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
@@ -617,7 +621,7 @@ def _local_files(source: Source) -> dict[str, int]:
             raise ParameterError([f"source {source.name}: {path} cannot be read; what can be: {_READABLE}. "
                                   "Unpack or convert it."])
         return {str(path): path.stat().st_size}
-    visible = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
+    visible = _visible_files(path)
     files = [p for p in visible if _is_data(p.name)]
     if not files:
         there = f" (there: {', '.join(p.name for p in visible[:5])})" if visible else ""
@@ -645,9 +649,17 @@ def _unpacked(file, packing: str):
     return file
 
 
-def _blocks(file):
+_NO_TEXT = {b"\x1f\x8b": "is packed by gzip", b"BZh": "is packed by bzip2", b"\xfd7zXZ": "is packed by xz",
+            b"\x28\xb5\x2f\xfd": "is packed by zstd", b"PK\x03\x04": "is a zip archive", b"PAR1": "is a parquet file",
+            b"ARROW1": "is an arrow file", b"version https://git-lfs": "is a pointer of Git LFS (fetch the file: git lfs pull)"}
+
+
+def _blocks(file, name: str):
     """The text of an open file, a megabyte at a time: in the encoding that its first bytes tell, every line end as \\n."""
     block = file.read(1 << 20)
+    for magic, what in _NO_TEXT.items():
+        if block.startswith(magic):
+            raise ParameterError([f"{name} {what}, not what its ending says."])
     decoder = codecs.getincrementaldecoder(json.detect_encoding(block))("lone_surrogate")
     decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
     while block:
@@ -919,7 +931,7 @@ def _rows(file, name: str, field: str | None, fields: _Fields, start: int):
     if kind == "arrow":
         yield from _arrow_file_rows(file, name, field, start)
         return
-    blocks = _blocks(_unpacked(file, packing))
+    blocks = _blocks(_unpacked(file, packing), name)
     if kind == "txt":
         yield from _txt_documents(blocks, start)
     elif kind == "json":
@@ -1143,12 +1155,13 @@ def _in_a_tidy_store(prepare):
 @_in_a_tidy_store
 def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str, int], validation_documents: int,
                    shard_tokens: int = 1 << 24, longest_document: int = 2_000_000, progress=print, after_shard=None,
-                   **reading) -> Path:
+                   beside=(), **reading) -> Path:
     """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; go on where an earlier call stopped.
 
     tokens_per_source: {source.name: tokens wanted}; a source that ends earlier is used whole (and for more epochs).
     The first `validation_documents` good documents of each source are its validation text and never enter training, nor does
-    a training document of any of the sources that is equal to one of them (counted as "also in validation").
+    a training document that is equal to one of these of any source, or of the sources `beside` this store, which other
+    folders hold (counted as "also in validation").
     Documents that are null, empty, not a string, invalid UTF-8 or longer than `longest_document` characters are skipped
     and counted. Writes manifest.json (atomically, after each shard): tokenizer hash, sources, counts of documents,
     tokens and UTF-8 bytes of the cleaned text, sha256 of each shard, and the cursor to go on from. A hub source is read at
@@ -1185,6 +1198,11 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     todo = [(source, entry) for source, entry in zip(sources, entries) if entry["filled"] < tokens_per_source[source.name]]
     if problems := [problem for source, _ in todo for problem in source_problems(source)]:
         raise ParameterError(problems)
+    for source, _ in todo:
+        if not source.path.startswith(("hf:", "local:")):
+            if others := [p.name for p in _visible_files(Path(source.path)) if not _is_data(p.name)]:
+                progress(f"source {source.name}: not read in {source.path}: {', '.join(others[:5])}"
+                         + f" and {len(others) - 5} more" * (len(others) > 5))
     at = [_at_its_commit(source, entry, entry["filled"] >= tokens_per_source[source.name], reading)
           if source.path.startswith("hf:") else source for source, entry in zip(sources, entries)]
     held_out = [None if entry["validation"] else
@@ -1196,9 +1214,16 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
         if texts is not None:
             entry["validation"] = _write_ids(store_dir, source, "validation.bin", _encoded(tokenizer, texts)) | {
                 "documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
+    left_out = set()
+    for entry in entries if todo else ():
+        left_out |= _documents_of(np.fromfile(store_dir / entry["validation"]["file"], "<u2"), tokenizer.eos_token_id)
+    for source in beside if todo else ():
+        with contextlib.suppress(ParameterError):     # the call that fills it says so
+            texts = _held_out(source, {}, validation_documents, {"longest_document": longest_document, **reading})
+            left_out |= _documents_of(_encoded(tokenizer, texts), tokenizer.eos_token_id)
     for source, entry in zip(at, entries):
-        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], shard_tokens, longest_document,
-              progress, reading, after_shard)
+        _fill(source, tokenizer, store_dir, manifest, entry, tokens_per_source[source.name], left_out, shard_tokens,
+              longest_document, progress, reading, after_shard)
     return store_dir
 
 
@@ -1239,14 +1264,9 @@ def _encoded(tokenizer, texts: list[str], left_out=frozenset()) -> np.ndarray:
     return np.insert(ids, offsets[1:], tokenizer.eos_token_id)
 
 
-def _validation_documents(store_dir: Path, manifest: dict) -> set[bytes]:
-    """The ids of every validation document of a store, as bytes."""
-    found = set()
-    for entry in manifest["sources"].values():
-        ids = np.fromfile(store_dir / entry["validation"]["file"], "<u2")
-        ends = np.flatnonzero(ids == manifest["eos_token_id"])
-        found |= {document.tobytes() for document in np.split(ids, ends + 1)[:-1]}
-    return {document[:-2] for document in found}      # without EOS
+def _documents_of(ids: np.ndarray, eos: int) -> set[bytes]:
+    """The documents of a run of ids, each as the bytes of its ids without EOS."""
+    return {document.tobytes()[:-2] for document in np.split(ids, np.flatnonzero(ids == eos) + 1)[:-1]}
 
 
 def _write_ids(store_dir: Path, source: Source, name: str, ids: np.ndarray) -> dict:
@@ -1272,12 +1292,11 @@ def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -
     return dataclasses.replace(source, revision=entry["revision"])
 
 
-def _fill(source, tokenizer, store_dir, manifest, entry, wanted, shard_tokens, longest, progress, reading, after_shard=None):
+def _fill(source, tokenizer, store_dir, manifest, entry, wanted, left_out, shard_tokens, longest, progress, reading,
+          after_shard=None):
     if entry["filled"] >= wanted:
         return
     folder = store_dir / source.name
-    held_out = _validation_documents(store_dir, manifest)
-
     # A shard is cut in the middle of a document: what is over goes to the next one, and into a file for a restart. One file
     # for each number of shards: a kill between it and the manifest must leave the one that the old manifest needs.
     carry = str(folder / "carry-{:05d}.bin").format
@@ -1294,7 +1313,7 @@ def _fill(source, tokenizer, store_dir, manifest, entry, wanted, shard_tokens, l
         nonlocal pending, texts
         if texts:
             read = len(texts)
-            pending = np.concatenate([pending, _encoded(tokenizer, texts, held_out)])
+            pending = np.concatenate([pending, _encoded(tokenizer, texts, left_out)])
             skip("also in validation", read - len(texts))
             counts["documents"] += len(texts)
             counts["characters"] += sum(map(len, texts))
@@ -1491,6 +1510,7 @@ def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int, a
         fcntl.flock(lock, fcntl.LOCK_EX)              # a worker of a killed run may be in its last shard
         prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted}, shard_tokens=shard_tokens,
                        validation_documents=recipe.max_eval_samples, after_shard=wait_for_the_reader,
+                       beside=[other for other in recipe.sources if other.name in set(source_names(recipe)) - {name}],
                        progress=lambda text: None)
 
 
