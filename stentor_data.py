@@ -312,7 +312,7 @@ class _Unanswered(Exception):
 
 
 FIRST_TRIES = 3             # while the hub has answered nothing at all: after 1 + 2 s there is no network, not a hiccup
-CONNECT_SECONDS = 5         # in which the kernel itself asks three times
+CONNECT_SECONDS = 5         # in which the kernel itself asks three times; a slow resolver has asked more than once too
 _answered = set()           # the endpoints that this process had an answer from
 
 
@@ -324,6 +324,7 @@ def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.
     """
     from huggingface_hub import constants
     for attempt in range(1, tries + 1):
+        began = time.monotonic()
         try:
             answer = request()
             _answered.add(constants.ENDPOINT)
@@ -335,7 +336,8 @@ def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.
                                   "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."]) from None
         if failed.problem[:5] == "HTTP ":
             _answered.add(constants.ENDPOINT)
-        elif constants.ENDPOINT not in _answered and (attempt >= FIRST_TRIES or failed.problem.startswith("ConnectTimeout")):
+        elif constants.ENDPOINT not in _answered and (
+                attempt >= FIRST_TRIES or ("Connect" in failed.problem and time.monotonic() - began > CONNECT_SECONDS / 2)):
             raise SourceError(f"{who}: {repo} could not be read, because the hub does not answer ({failed.problem}). "
                               f"{NO_NETWORK}") from None
         wait = max(min(2 ** (attempt - 1), 60), failed.wait)
@@ -420,7 +422,7 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
     They are kept in huggingface_hub's cache; without a network what lies there is used, if it has each file asked for by
     its whole name. `reading`, SourceError and ParameterError: as for `documents`.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
     disable_progress_bars()
     logging.set_verbosity_error()                     # its warnings hold signed URLs
@@ -436,7 +438,7 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
         raise
     below = None if "/" in "".join(patterns) else ["*/*"]         # a * also matches folders
     return Path(_ask(who, f"hf:{name}", "the files", lambda: snapshot_download(
-        name, revision=commit, allow_patterns=patterns, ignore_patterns=below), **reading))
+        name, revision=commit, allow_patterns=patterns, ignore_patterns=below, endpoint=constants.ENDPOINT), **reading))
 
 
 def _hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
