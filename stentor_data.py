@@ -419,8 +419,8 @@ def _timeout():
 def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None, **reading) -> Path:
     """The local folder with those files of a model repository ("hf:owner/name") whose paths match `patterns` (globs).
 
-    They are kept in huggingface_hub's cache; without a network what lies there is used, if it has each file asked for by
-    its whole name. `reading`, SourceError and ParameterError: as for `documents`.
+    They are kept in huggingface_hub's cache; without a network what lies there is used, if a file of the first pattern does.
+    `reading`, SourceError and ParameterError: as for `documents`.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -431,9 +431,8 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
         url = f"api/models/{name}/revision/{quote(revision or 'main', safe='')}"
         commit = _hub_get(who, f"hf:{name}", url, "the revision", **reading).json()["sha"]
     except StentorError:
-        with contextlib.suppress(Exception):
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-            if all(any(folder.glob(pattern)) for pattern in patterns if "*" not in pattern):
+        for folder in _cached_snapshots(name, revision):
+            if any(folder.glob(patterns[0])):
                 return folder
         raise
     below = None if "/" in "".join(patterns) else ["*/*"]         # a * also matches folders
@@ -443,6 +442,17 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
 
 def _hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
     return _hub_get(f"source {source.name}", f"{source.path} at revision {source.revision}", url, what, span, **reading)
+
+
+def _cached_snapshots(name: str, revision: str | None) -> list[Path]:
+    """The folders of a model repository in huggingface_hub's cache: the newest first, or that of `revision`."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
+    if revision:
+        with contextlib.suppress(Exception):
+            return [Path(snapshot_download(name, revision=revision, local_files_only=True))]
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    return [] if revision else sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)
 
 
 class HubFile(AbstractBufferedFile):
@@ -631,7 +641,7 @@ def load_tokenizer(path, **reading):
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
-TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.vocab", "*.tiktoken"]
+TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "*.txt", "*.model", "*.vocab", "*.tiktoken"]
 
 
 def tokenizer_problem(path) -> str | None:

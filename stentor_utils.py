@@ -150,7 +150,7 @@ def load_model(folder, **settings):
         if not re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?", str(folder)):
             raise ParameterError([f"{folder} cannot be loaded as a model: there is no such folder."])
         try:
-            path = hub_folder(str(folder), ["*.json", "*.safetensors"], f"model {str(folder)!r} (no folder here)",
+            path = hub_folder(str(folder), ["*.safetensors", "*.json"], f"model {str(folder)!r} (no folder here)",
                               settings.pop("revision", None))
         except SourceError as error:
             raise ParameterError([str(error)]) from None
