@@ -501,8 +501,11 @@ def source_files(source: Source, **reading) -> dict[str, int]:
         import yaml
         card = HubFile(source, "README.md", sizes["README.md"], **reading).read().decode("utf-8", "replace")
         front = re.match(r"---\s*\n(.*?)\n---", card, re.S)
-        for item in (yaml.safe_load(front[1]) or {}).get("configs", []) if front else []:
-            if isinstance(item, dict) and "data_files" in item:
+        with contextlib.suppress(yaml.YAMLError):     # a card that cannot be read lists nothing: the paths decide
+            front = yaml.safe_load(front[1]) if front else None
+        listed = front.get("configs") if isinstance(front, dict) else None
+        for item in listed if isinstance(listed, list) else []:
+            if isinstance(item, dict) and item.get("data_files"):
                 configs[str(item.get("config_name", "default"))] = item["data_files"]
                 if item.get("default"):
                     configs["default"] = item["data_files"]
@@ -512,8 +515,9 @@ def source_files(source: Source, **reading) -> dict[str, int]:
         globs, tokens = [], {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}     # as `datasets` reads them
         for item in configs[config] if isinstance(configs[config], list) else [configs[config]]:
             item = item if isinstance(item, dict) else {"split": "train", "path": item}
-            if item["split"] == source.split:
-                globs += [item["path"]] if isinstance(item["path"], str) else item["path"]
+            if item.get("split", "train") == source.split:
+                paths = item.get("path") or []
+                globs += [paths] if isinstance(paths, str) else paths
         whole = "|".join("".join(tokens.get(t, re.escape(t)) for t in re.split(r"(\*\*/|\*\*|\*|\?)", glob)) for glob in globs)
         names = [name for name in names if re.fullmatch(whole, name)]
     else:

@@ -351,6 +351,13 @@ def test_a_missing_config_or_split_is_named(hub):
         assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+@pytest.mark.parametrize("front", [b"configs: no", b"configs:", b"- a list", b"a: [broken", b"just text",
+                                   b"configs:\n- config_name: x\n- 7\n- config_name: y\n  data_files:"])
+def test_a_card_that_says_nothing_of_use_leaves_it_to_the_paths(hub, front):
+    hub.commit("owner/web", {"data/train-0.jsonl": b"x", "data/test-0.jsonl": b"x", "README.md": b"---\n" + front + b"\n---\n"})
+    assert list(su.source_files(source())) == ["data/train-0.jsonl"]
+
+
 # --- the token
 
 
