@@ -368,7 +368,7 @@ class _Unanswered(Exception):
 
 
 FIRST_TRIES = 3             # while the hub has answered nothing at all: after 1 + 2 s there is no network, not a hiccup
-CONNECT_SECONDS = 5         # in which the kernel itself asks three times
+CONNECT_SECONDS = 5         # in which the kernel itself asks three times; a slow resolver has asked more than once too
 _answered = set()           # the endpoints that this process had an answer from
 
 
@@ -380,6 +380,7 @@ def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.
     """
     from huggingface_hub import constants
     for attempt in range(1, tries + 1):
+        began = time.monotonic()
         try:
             answer = request()
             _answered.add(constants.ENDPOINT)
@@ -391,7 +392,8 @@ def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.
                                   "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."]) from None
         if failed.problem[:5] == "HTTP ":
             _answered.add(constants.ENDPOINT)
-        elif constants.ENDPOINT not in _answered and (attempt >= FIRST_TRIES or failed.problem.startswith("ConnectTimeout")):
+        elif constants.ENDPOINT not in _answered and (
+                attempt >= FIRST_TRIES or ("Connect" in failed.problem and time.monotonic() - began > CONNECT_SECONDS / 2)):
             raise SourceError(f"{who}: {repo} could not be read, because the hub does not answer ({failed.problem}). "
                               f"{NO_NETWORK}") from None
         wait = max(min(2 ** (attempt - 1), 60), failed.wait)
@@ -473,10 +475,10 @@ def _timeout():
 def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None, **reading) -> Path:
     """The local folder with those files of a model repository ("hf:owner/name") whose paths match `patterns` (globs).
 
-    They are kept in huggingface_hub's cache; without a network what lies there is used, if it has each file asked for by
-    its whole name. `reading`, SourceError and ParameterError: as for `documents`.
+    They are kept in huggingface_hub's cache; without a network what lies there is used, if a file of the first pattern does.
+    `reading`, SourceError and ParameterError: as for `documents`.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
     disable_progress_bars()
     logging.set_verbosity_error()                     # its warnings hold signed URLs
@@ -485,18 +487,28 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
         url = f"api/models/{name}/revision/{quote(revision or 'main', safe='')}"
         commit = _hub_get(who, f"hf:{name}", url, "the revision", **reading).json()["sha"]
     except StentorError:
-        with contextlib.suppress(Exception):
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-            if all(any(folder.glob(pattern)) for pattern in patterns if "*" not in pattern):
+        for folder in _cached_snapshots(name, revision):
+            if any(folder.glob(patterns[0])):
                 return folder
         raise
     below = None if "/" in "".join(patterns) else ["*/*"]         # a * also matches folders
     return Path(_ask(who, f"hf:{name}", "the files", lambda: snapshot_download(
-        name, revision=commit, allow_patterns=patterns, ignore_patterns=below), **reading))
+        name, revision=commit, allow_patterns=patterns, ignore_patterns=below, endpoint=constants.ENDPOINT), **reading))
 
 
 def _hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
     return _hub_get(f"source {source.name}", f"{source.path} at revision {source.revision}", url, what, span, **reading)
+
+
+def _cached_snapshots(name: str, revision: str | None) -> list[Path]:
+    """The folders of a model repository in huggingface_hub's cache: the newest first, or that of `revision`."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
+    if revision:
+        with contextlib.suppress(Exception):
+            return [Path(snapshot_download(name, revision=revision, local_files_only=True))]
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    return [] if revision else sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)
 
 
 class HubFile(AbstractBufferedFile):
@@ -539,8 +551,11 @@ def source_files(source: Source, **reading) -> dict[str, int]:
         import yaml
         card = HubFile(source, "README.md", sizes["README.md"], **reading).read().decode("utf-8", "replace")
         front = re.match(r"---\s*\n(.*?)\n---", card, re.S)
-        for item in (yaml.safe_load(front[1]) or {}).get("configs", []) if front else []:
-            if isinstance(item, dict) and "data_files" in item:
+        with contextlib.suppress(yaml.YAMLError):     # a card that cannot be read lists nothing: the paths decide
+            front = yaml.safe_load(front[1]) if front else None
+        listed = front.get("configs") if isinstance(front, dict) else None
+        for item in listed if isinstance(listed, list) else []:
+            if isinstance(item, dict) and item.get("data_files"):
                 configs[str(item.get("config_name", "default"))] = item["data_files"]
                 if item.get("default"):
                     configs["default"] = item["data_files"]
@@ -550,8 +565,9 @@ def source_files(source: Source, **reading) -> dict[str, int]:
         globs, tokens = [], {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}     # as `datasets` reads them
         for item in configs[config] if isinstance(configs[config], list) else [configs[config]]:
             item = item if isinstance(item, dict) else {"split": "train", "path": item}
-            if item["split"] == source.split:
-                globs += [item["path"]] if isinstance(item["path"], str) else item["path"]
+            if item.get("split", "train") == source.split:
+                paths = item.get("path") or []
+                globs += [paths] if isinstance(paths, str) else paths
         whole = "|".join("".join(tokens.get(t, re.escape(t)) for t in re.split(r"(\*\*/|\*\*|\*|\?)", glob)) for glob in globs)
         names = [name for name in names if re.fullmatch(whole, name)]
     else:
@@ -1038,7 +1054,7 @@ def load_tokenizer(path, **reading):
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
-TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.vocab", "*.tiktoken"]
+TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "*.txt", "*.model", "*.vocab", "*.tiktoken"]
 
 
 def tokenizer_problem(path) -> str | None:

@@ -230,7 +230,7 @@ def _model_files(folder, revision: str | None = None) -> Path:
     if not re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?", str(folder)):
         raise FileNotFoundError("there is no such folder")
     try:
-        return hub_folder(str(folder), ["*.json", "*.safetensors"], f"model {str(folder)!r} (no folder here)", revision)
+        return hub_folder(str(folder), ["*.safetensors", "*.json"], f"model {str(folder)!r} (no folder here)", revision)
     except SourceError as error:
         raise ParameterError([str(error)]) from None
 

@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import glob
 import inspect
 import itertools
 import json
@@ -34,6 +35,10 @@ import unicodedata
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 try:
     import numba
 except ImportError:  # absent, or at odds with this numpy: the plain Python core gives the same ids
@@ -814,10 +819,20 @@ class Vocabulary:
         return b"".join(out)
 
     def save(self, path):
-        """Write the `.vocab` file: to a temporary file beside it first, then renamed."""
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        """Write the `.vocab` file: to a temporary file beside it first, then renamed. A link stays one.
+
+        What killed writers left is removed; a living one has its file locked.
+        """
+        path = os.path.realpath(path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        for left in glob.glob(glob.escape(path) + ".*.tmp") if fcntl else ():
+            with contextlib.suppress(OSError), open(left, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(left)
         try:
             with open(temporary, "wb") as file:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(self.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())

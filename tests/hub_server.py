@@ -1,4 +1,4 @@
-"""A loopback server that speaks the part of the hub's protocol that reading a dataset needs, and fails where told to.
+"""A loopback server that speaks the part of the hub's protocol that reading a dataset or a model needs, and fails where told.
 
     with HubServer() as hub:
         hub.commit("owner/name", {"README.md": b"...", "data/train-0.parquet": b"..."})       # a new commit on main
@@ -11,7 +11,7 @@ directly, large ones by a signed redirect to another host, Range with 206 and Co
 ETag, and X-Error-Code that tells a missing file from a missing revision or repository.
 
 Faults: an HTTP status; "stall" (half the body, then nothing), "cut" (half the body, then the connection closes), "short"
-(half the body, declared as if it were all), "garble" (the whole body, its first 16 bytes overwritten).
+(half the body, declared as if it were all), "garble" (the whole body, its first 16 bytes overwritten), "silence" (nothing).
 """
 import hashlib
 import json
@@ -19,11 +19,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".parquet", ".jsonl", ".gz")                   # what the hub keeps outside git, behind a redirect
+LARGE = (".parquet", ".jsonl", ".gz", ".safetensors", ".vocab")  # what the hub keeps outside git, behind a redirect
 
 
 class HubServer:
-    def __init__(self, page_size: int = 1000):
+    def __init__(self, page_size: int = 1000, port: int = 0):
         self.page_size = page_size                       # entries of a page of the tree
         self.repos = {}                                  # name -> {revision or commit: {path: bytes}}
         self.heads = {}                                  # (name, revision) -> commit
@@ -31,7 +31,7 @@ class HubServer:
         self.headers = {429: {"Retry-After": "7"}}       # that go with a status
         self.log = []                                    # (method, path, authorization, bytes of body sent)
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -83,10 +83,9 @@ class Handler(BaseHTTPRequestHandler):
             path = "/".join(parts[4:])
             self.fault = self.fault or hub.broken.get(path)
             return self.send_file(hub.repos[f"{parts[1]}/{parts[2]}"][parts[3]][path], {})
-        if parts[0] not in ("api", "datasets"):
-            parts = ["models", *parts]                   # as the hub itself: a model's files have no prefix
-        api = parts[0] == "api"
-        repo, verb, rest = "/".join(parts[1 + api:3 + api]), (parts[3 + api:] or ["revision"])[0], parts[4 + api:] or ["main"]
+        if parts[0] in ("api", "datasets"):              # a model's files have neither before its name
+            parts = parts[2 if parts[0] == "api" else 1:]
+        repo, verb, rest = "/".join(parts[:2]), (parts[2:] or ["revision"])[0], parts[3:] or ["main"]
         if repo not in hub.repos:
             return self.missing("RepoNotFound", 401)     # the hub does not say whether it is private or not there
         commit = hub.heads.get((repo, rest[0]), rest[0])
@@ -144,6 +143,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, body, headers):
         """Send the answer, or what the fault makes of it."""
         fault = self.fault
+        if fault == "silence":
+            self.close_connection = True
+            self.hub.closing.wait(5)
+            return
         if isinstance(fault, int):
             status, body, headers = fault, b"", self.hub.headers.get(fault, {})
         if fault == "garble":

@@ -18,17 +18,25 @@ import pytest
 from conftest import REPO
 from hub_server import HubServer
 
+import stentor_data
 import stentor_utils as su
 
 TOKEN = "hf_" + "canaryCanaryCanary"        # in two halves, or tests/lint.py would find it
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 
 
+def point_to(url: str, monkeypatch) -> None:
+    """As HF_ENDPOINT does before the import."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     from huggingface_hub import constants
     with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)           # as HF_ENDPOINT does before the import
+        point_to(server.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 60)    # a busy machine is no fault: tests count the retries
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -345,6 +353,13 @@ def test_a_missing_config_or_split_is_named(hub):
         assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+@pytest.mark.parametrize("front", [b"configs: no", b"configs:", b"- a list", b"a: [broken", b"just text",
+                                   b"configs:\n- config_name: x\n- 7\n- config_name: y\n  data_files:"])
+def test_a_card_that_says_nothing_of_use_leaves_it_to_the_paths(hub, front):
+    hub.commit("owner/web", {"data/train-0.jsonl": b"x", "data/test-0.jsonl": b"x", "README.md": b"---\n" + front + b"\n---\n"})
+    assert list(su.source_files(source())) == ["data/train-0.jsonl"]
+
+
 # --- the token
 
 
@@ -368,6 +383,140 @@ def test_the_token_goes_to_the_hub_only_and_is_never_said(hub, tmp_path, tiny, c
     assert TOKEN not in everything and "signed-canary" not in everything
     assert all(authorization == f"Bearer {TOKEN}" for _, path, authorization, _ in hub.log if "/cdn/" not in path)
     assert all(authorization is None for _, path, authorization, _ in hub.log if "/cdn/" in path)
+
+
+# --- no network, and names of models, tokenizers and vocabularies
+
+
+def everything_that_asks(tiny, folder, **reading) -> dict:
+    """Each way in which the suite asks the hub for something, as functions without arguments."""
+    def store():
+        su.prepare_tokens([source()], tiny.tokenizer, folder / "store", tokens_per_source={"web": 10}, validation_documents=1,
+                          **reading)
+    return {"the commit": lambda: su.pin_revision(source(), **reading),
+            "the files": lambda: su.source_files(source(revision="0" * 40), **reading),
+            "the documents": lambda: list(su.documents(source(), **reading)), "the store": store,
+            "a vocabulary": lambda: su.find_vocabulary("english-1024-strict-nocapcode-v1", **reading),
+            "a tokenizer": lambda: su.load_tokenizer("hf:owner/web", **reading),
+            "a tokenizer without hf:": lambda: su.load_tokenizer("owner/web", **reading),
+            "a model": lambda: su.load_model("hf:owner/web")}
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(stentor_data, "_answered", set())
+
+
+def free_port() -> int:
+    import socket
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:{}", "http://no-such-host.invalid"])
+def test_without_a_network_every_path_says_so_in_one_sentence_within_seconds(hub, empty_cache, tiny, tmp_path, monkeypatch,
+                                                                             capfd, address):
+    point_to(address.format(free_port()), monkeypatch)
+    naps = []
+    monkeypatch.setattr(stentor_data.time, "sleep", naps.append)          # load_model hands no other on
+    for name, ask in everything_that_asks(tiny, tmp_path, sleep=naps.append).items():
+        naps.clear()
+        with pytest.raises((su.SourceError, su.ParameterError), match="On Kaggle switch Internet on") as caught:
+            ask()
+        assert sum(naps) <= 5, (name, naps)
+        assert "ConnectError" in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
+        assert caught.value.__suppress_context__ and caught.value.__cause__ is None, name
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_hub_that_answers_after_one_refused_connection_is_asked_again(empty_cache, hub, tiny, monkeypatch):
+    """huggingface_hub 1.11 closes its client at a refused connection and goes on with the closed one."""
+    wanted = {f"vocabs/{VOCABULARY}.vocab": tiny.tokenizer.vocabulary.to_bytes()}
+    port, late = free_port(), []
+    point_to(f"http://127.0.0.1:{port}", monkeypatch)
+
+    def begin(seconds):
+        if not late:
+            late.append(HubServer(port=port).__enter__())
+            late[0].commit("alasdairforsythe/tokenmonster", wanted)
+    try:
+        path = su.find_vocabulary(VOCABULARY, sleep=begin)
+        assert path.read_bytes() == wanted[f"vocabs/{VOCABULARY}.vocab"] and len(late) == 1
+    finally:
+        late[0].__exit__()
+
+
+VOCABULARY = "english-1024-strict-nocapcode-v1"
+
+
+@pytest.mark.parametrize("fault", [503, 429, "cut", "silence", 404])
+def test_a_hiccup_does_not_cost_a_vocabulary(hub, empty_cache, tiny, fault):
+    data = tiny.tokenizer.vocabulary.to_bytes()
+    hub.commit("alasdairforsythe/tokenmonster", {f"vocabs/{VOCABULARY}.vocab": data, "README.md": b""})
+    hub.faults, naps = {1: fault}, []
+    assert su.find_vocabulary(VOCABULARY, sleep=naps.append).read_bytes() == data and len(naps) == 1
+    with pytest.raises(su.ParameterError, match="not among the released ones"):
+        su.find_vocabulary("english-999-strict-v1")
+
+
+def test_a_hub_name_is_a_hub_name_for_tokenizers_and_models(hub, empty_cache, tiny, tmp_path, monkeypatch):
+    """One of ours and one of transformers' own; and again without a network, from the cache."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    model = su.build_model(tiny.recipe.shape, seed=3)
+    su.save_model_folder(model, tiny.tokenizer, tmp_path / "ours")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))).save_pretrained(
+        tmp_path / "theirs")
+    for name in ("ours", "theirs"):
+        hub.commit(f"owner/{name}", {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                   | {"onnx/model.safetensors": b"x"})
+    for again in (False, True):
+        assert su.load_tokenizer("hf:owner/ours").encode("the end") == tiny.tokenizer.encode("the end")
+        assert su.load_tokenizer("owner/ours").encode("the end") == tiny.tokenizer.encode("the end")
+        assert type(su.load_tokenizer("hf:owner/theirs")).__name__.startswith(("PreTrainedTokenizerFast", "TokenizersBackend"))
+        loaded = su.load_model("hf:owner/ours").state_dict()
+        assert all((loaded[name] == weight).all() for name, weight in model.state_dict().items())
+        point_to(f"http://127.0.0.1:{free_port()}", monkeypatch)
+        monkeypatch.setattr(stentor_data.time, "sleep", lambda seconds: None)
+    assert not [path for _, path, _, _ in hub.log if "onnx" in path]
+
+
+def test_a_name_that_the_hub_does_not_give_is_refused_at_once(hub, empty_cache, tiny, tmp_path):
+    hub.commit("owner/web", {"config.json": b"{}"})
+    for fault, part in ((401, "HTTP 401"), (403, "HTTP 403")):
+        hub.faults = dict.fromkeys(range(1, 1000), fault)
+        for name, ask in everything_that_asks(tiny, tmp_path, sleep=lambda s: pytest.fail("waited")).items():
+            with pytest.raises(su.ParameterError, match="HF_TOKEN") as caught:
+                ask()
+            assert part in str(caught.value), (name, str(caught.value))
+    for path in ("no/such/folder", "/no/such", "hf:a/b/c"):
+        for load in (su.load_tokenizer, su.load_model):
+            with pytest.raises(su.ParameterError, match="is not there|no such folder"):
+                load(path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, empty_cache, tiny, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    hub.commit("alasdairforsythe/tokenmonster", {f"vocabs/{VOCABULARY}.vocab": tiny.tokenizer.vocabulary.to_bytes()})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(su.ParameterError, match="cache cannot be written.*HF_HOME"):
+        su.find_vocabulary(VOCABULARY, sleep=lambda s: pytest.fail("waited"))
+
+
+def test_notebooks_show_the_sentence_and_no_stack(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell()
+    for kind in (su.SourceError, su.FeedStopped, su.CheckpointError, su.TrainingFailed, su.TrainingDiverged):
+        shell.user_ns["error"] = kind("source web: nothing to read; token=abcdef123456789")
+        shell.run_cell("raise error")
+        said = "".join(capsys.readouterr())
+        assert f"{kind.__name__}: source web: nothing to read" in said, said
+        assert "Traceback" not in said and "raise error" not in said, said
 
 
 FRESH = """
