@@ -154,8 +154,8 @@ def main() -> int:
         except Exception as error:
             if type(error).__name__ != "PapermillExecutionError":
                 raise
-            known = error.ename in ("ParameterError", "TrainingFailed", "CheckpointError", "SourceError", "EvaluationFailed",
-                                    "SystemExit")
+            known = error.ename in ("ParameterError", "TrainingFailed", "TrainingDiverged", "EvaluationFailed", "FeedStopped",
+                                    "CheckpointError", "SourceError", "SystemExit")
             print(f"\n{error.evalue if known else error}", file=sys.stderr)     # without papermill's pages of context
             return 2 if error.ename == "ParameterError" else 1
         if "02_pretrain_t4" in arguments.notebooks:
