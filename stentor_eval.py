@@ -1265,7 +1265,7 @@ def model_problem(path: str) -> str | None:
         return "is not a model folder (no config.json); run 02 first, or name a folder or a hub id"
 
 
-def load_model(path: str, dtype: str, device: torch.device):
+def load_scored(path: str, dtype: str, device: torch.device):
     """(model in eval mode, tokenizer) from a folder or a hub id; never code from there, but for our own tokenizer."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging as transformers_logging
@@ -1335,7 +1335,7 @@ def run(config: dict, folder: Path, say=print) -> dict:
     summary, texts = {"models": {}}, {}
     for name, path in config["models"].items():
         try:
-            model, tokenizer = load_model(path, config["dtype"], device)
+            model, tokenizer = load_scored(path, config["dtype"], device)
         except Exception as error:                    # a peer that the hub does not give must not cost the model
             if not summary["models"]:
                 raise

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stentor_data import (
-    ParameterError, Source, find_vocabulary, load_tokenizer, redact, tokenizer_problem)
+    ParameterError, Source, find_vocabulary, load_tokenizer, redact, store_problems, tokenizer_problem, vocabulary_rows)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters are checked before any work starts, all of them, and every problem is one sentence.
@@ -807,7 +807,7 @@ def _made_for(folder: Path, recipe: Recipe) -> bool:
 
 def tokenizer_misfit(recipe: Recipe, tokenizer) -> str | None:
     """Why a tokenizer does not belong to a recipe ("has 4,096 tokens, ..."), or None."""
-    size, wanted = len(tokenizer), recipe.shape.vocab_size
+    size, wanted = vocabulary_rows(tokenizer), recipe.shape.vocab_size
     if size != wanted:
         other = count_parameters(dataclasses.replace(recipe.shape, vocab_size=size))
         return (f"has {size:,} tokens, {recipe.name} {wanted:,}: the model would have {other:,} parameters instead of "
@@ -824,14 +824,17 @@ def fit_to_tokenizer(recipe: Recipe, tokenizer, say=print) -> Recipe:
     Where the two do not belong together, a recipe that names its tokenizer raises ParameterError; the CPU twin, which takes
     what 01 built, says it aloud.
     """
+    rows = vocabulary_rows(tokenizer)
+    if problems := store_problems(tokenizer):
+        raise ParameterError(problems)
     if wrong := tokenizer_misfit(recipe, tokenizer):
         if recipe.tokenizer not in ("build", "bpe"):
-            on_purpose = {"vocab_size": len(tokenizer), "tokenizer": "build" if hasattr(tokenizer, "vocabulary") else "bpe"}
+            on_purpose = {"vocab_size": rows, "tokenizer": "build" if hasattr(tokenizer, "vocabulary") else "bpe"}
             raise ParameterError([
                 f"the tokenizer {wrong}. Run 01_tokenizer with PROFILE = 't4' or 'tpu' (it needs no accelerator) and RECIPE = "
                 f"{recipe.name!r} for the recipe's own; to train the other model on purpose: OVERRIDES = {on_purpose}."])
         say(f"NOTE: the tokenizer {wrong}.")
-    fitted = dataclasses.replace(recipe, shape=dataclasses.replace(recipe.shape, vocab_size=len(tokenizer)))
+    fitted = dataclasses.replace(recipe, shape=dataclasses.replace(recipe.shape, vocab_size=rows))
     if problems := fitted.problems():
         raise ParameterError(problems)
     return fitted

@@ -132,9 +132,10 @@ def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, 
 
 
 def tokenizer_fit(tokenizer, rows: int) -> list[str]:
-    """One sentence where the tokenizer has more tokens than the model has rows of embedding, else none."""
-    return [f"the tokenizer has {len(tokenizer):,} tokens, the model only vocab_size = {rows:,}: take the tokenizer that it "
-            "was trained with."] if len(tokenizer) > rows else []
+    """One sentence where the tokenizer has ids beyond the model's rows of embedding, else none."""
+    needed = vocabulary_rows(tokenizer)
+    return [f"the tokenizer needs {needed:,} rows, the model has only vocab_size = {rows:,}: take the tokenizer that it was "
+            "trained with."] if needed > rows else []
 
 
 def published_configs(model, tokenizer, generation: dict | None = None):

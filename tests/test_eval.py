@@ -47,7 +47,7 @@ def ours(english, tmp_path_factory):
     tokenizer = tm.TokenMonsterTokenizer.from_vocabulary(tm.Vocabulary.from_tokens(tokens, capcode=0, include="all256"))
     folder = tmp_path_factory.mktemp("ours") / "model"
     su.save_model_folder(random_model(su.Shape(len(tokenizer), 32, 64, 2, 2, 1, 512), tokenizer), tokenizer, folder)
-    model, tokenizer = se.load_model(str(folder), "float32", torch.device("cpu"))
+    model, tokenizer = se.load_scored(str(folder), "float32", torch.device("cpu"))
     return SimpleNamespace(model=model, tokenizer=tokenizer, folder=folder)
 
 
@@ -583,7 +583,7 @@ def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
     assert base != se.model_fingerprint(theta, ours.tokenizer)
     resized = tm.TokenMonsterTokenizer.from_vocabulary(ours.tokenizer.vocabulary, vocab_size=len(ours.tokenizer) + 128)
     assert base != se.model_fingerprint(ours.model, resized)
-    assert base == se.model_fingerprint(se.load_model(str(ours.folder), "float32", torch.device("cpu"))[0], ours.tokenizer)
+    assert base == se.model_fingerprint(se.load_scored(str(ours.folder), "float32", torch.device("cpu"))[0], ours.tokenizer)
     rows = hellaswag_items(english, 5)                # another right answer to the same prompts: another key, and score
     rows[0]["label"] = (rows[0]["label"] + 1) % 4
     write_jsonl(folder / "a.jsonl", rows)
@@ -600,7 +600,7 @@ sys.path.append("tests")
 import kill_here
 torch.set_num_threads(1)                              # no thread pool, so that forking is safe
 config = json.loads(sys.argv[2])
-se.load_model(config["models"]["m"], "float32", torch.device("cpu"))      # all imports, once, for every child
+se.load_scored(config["models"]["m"], "float32", torch.device("cpu"))      # all imports, once, for every child
 def answers(folder):
     try:
         with se.sqlite3.connect(f"file:{folder}/cache.sqlite?mode=ro", uri=True, timeout=5) as c:

@@ -120,7 +120,7 @@ def blimp() -> dict | None:
     if not (SHARED / "data" / "blimp").is_dir():
         return None
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = se.load_model(str(a_model(Path(folder))), "float32", torch.device("cpu"))
+        model, tokenizer = se.load_scored(str(a_model(Path(folder))), "float32", torch.device("cpu"))
     began = time.monotonic()
     result = se.evaluate_block(se.StentorLM(model, tokenizer), {"local": SHARED / "data" / "blimp"})
     seconds = time.monotonic() - began
