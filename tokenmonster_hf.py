@@ -1626,8 +1626,8 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         text = "".join(parts)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        clean_up = clean_up_tokenization_spaces and getattr(self, "clean_up_tokenization", None)  # transformers 5.0 has none
-        return clean_up(text) if clean_up else text
+        tidy = getattr(self, "clean_up_tokenization", None)  # transformers 5.0 has none, and its pipelines ask for it
+        return tidy(text) if tidy and clean_up_tokenization_spaces else text
 
     def _decode_run(self, ids):
         decoder = self.vocabulary.decoder()
