@@ -1456,7 +1456,8 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         text = "".join(parts)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        tidy = getattr(self, "clean_up_tokenization", None)  # transformers 5.0 has none, and its pipelines ask for it
+        return tidy(text) if tidy and clean_up_tokenization_spaces else text
 
     def _decode_run(self, ids):
         decoder = self.vocabulary.decoder()
