@@ -32,12 +32,12 @@ quoted = '$(subst $(NEWLINE),'$$'\n'',$(subst ','\'',$(1)))'
 given = $(foreach name,$(filter-out PYTHON NOTEBOOKS $(1),$(TYPED)),$(call quoted,$(name)=$(value $(name))))
 
 run: $(VENV)/.installed
-	$(PY) run_notebooks.py run $(NOTEBOOKS) -p PROFILE=cpu $(call given)
+	$(PY) -m stentor_utils run $(NOTEBOOKS) -p PROFILE=cpu $(call given)
 
 # More draws of the recipe of RUN, by 02 alone with its tokenizer and its token store: mean, range, and each of them.
 SEEDS ?= 42 43 44
 run-seeds: $(VENV)/.installed
-	$(PY) run_notebooks.py seeds $(call quoted,$(value SEEDS)) -p $(call given,SEEDS)
+	$(PY) -m stentor_utils seeds $(call quoted,$(value SEEDS)) -p $(call given,SEEDS)
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest tests --durations=10
@@ -78,7 +78,7 @@ soak: $(VENV)/.installed
 	$(PY) tests/soak.py --runs 50 --kills 4 --report outputs
 
 results: $(VENV)/.installed
-	$(PY) run_notebooks.py results outputs/demo README.md
+	$(PY) -m stentor_utils results outputs/demo README.md
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -17,14 +17,15 @@ def after(calls: int) -> None:
 
 def train(run_json: str, line: str, calls: int) -> int:
     """`python -m stentor_utils train`, killed `calls` calls after the line of its log that begins with `line`."""
-    import stentor_utils as su
+    import stentor.train
+    from stentor.commands import main
 
     def say(text, **more):
         print(text, **more)
         if text.startswith(line):
             after(calls)
-    su.print = say
-    return su.main(["train", run_json])
+    stentor.train.print = say
+    return main(["train", run_json])
 
 
 if __name__ == "__main__":

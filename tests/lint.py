@@ -10,7 +10,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-from stentor_data import secret_kinds  # noqa: E402
+from stentor.secrets import secret_kinds  # noqa: E402
 
 TEXT = {".py", ".ipynb", ".md", ".txt", ".json", ".toml", ".yml", ".yaml", ".jsonl", ".sh", ""}
 # Modules that run code from the data they load. Tests make payloads with pickle, and load what they have pickled themselves.

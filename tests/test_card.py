@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-import stentor_card
+import stentor.card.check
+import stentor.card.facts
+import stentor.card.limitations
+import stentor.card.sections
+import stentor.publish
 import stentor_utils as su
 
 TOKEN = "hf_" + "aB3" * 11 + "x"                       # the form of a token; belongs to nobody
@@ -65,7 +69,7 @@ def value_at(run_dir, figure):
 
 
 def test_a_fresh_card_passes_and_its_numbers_are_those_of_the_files(run_dir):
-    assert stentor_card.check_model_card(run_dir) == []
+    assert stentor.card.check.check_model_card(run_dir) == []
     card = (run_dir / "final" / "README.md").read_text()
     summary = json.loads((run_dir / "summary.json").read_text())
     for text in (f"| perplexity | {summary['perplexity']:,.2f} |", f"{summary['parameters']:,} parameters",
@@ -103,22 +107,22 @@ def test_every_single_number_is_guarded(run_dir):
     """Each number of the card, changed in turn, is noticed; so is one typed in, and one left out."""
     path = run_dir / "final" / "README.md"
     card = path.read_text()
-    numbers = list(stentor_card.NUMBER.finditer(card))
+    numbers = list(stentor.card.facts.NUMBER.finditer(card))
     assert len(numbers) > 150
     for number in numbers[::12]:
         digit = re.search(r"\d", number.group()).start() + number.start()
         path.write_text(card[:digit] + str((int(card[digit]) + 1) % 10) + card[digit + 1:])
-        found = stentor_card.check_model_card(run_dir)
+        found = stentor.card.check.check_model_card(run_dir)
         assert found and any(number.group() in problem for problem in found), number.group()
     path.write_text(card.replace("before it knows anything", "and scores 97.3 of 100 on everything"))
-    problems = stentor_card.check_model_card(run_dir)
+    problems = stentor.card.check.check_model_card(run_dir)
     assert len(problems) == 2 and all("no file accounts for it" in problem for problem in problems), problems
-    assert stentor_card.check_model_card(run_dir, allow=("97.3", "100")) == []
+    assert stentor.card.check.check_model_card(run_dir, allow=("97.3", "100")) == []
     loss = f"{json.loads((run_dir / 'summary.json').read_text())['eval_loss']:.4f}"
     path.write_text(card.replace(f"| loss, nats per token | {loss} |", "| loss, nats per token | low |"))
-    assert [p for p in stentor_card.check_model_card(run_dir) if f"{loss} in summary.json: eval_loss is missing" in p]
+    assert [p for p in stentor.card.check.check_model_card(run_dir) if f"{loss} in summary.json: eval_loss is missing" in p]
     path.write_text(card.replace("before it knows", "before it truly knows"))
-    assert stentor_card.check_model_card(run_dir) == [], "prose may be edited"
+    assert stentor.card.check.check_model_card(run_dir) == [], "prose may be edited"
 
 
 @pytest.mark.parametrize("file", ["summary.json", "run.json", "environment.json", "metrics.jsonl", "tokens/manifest.json",
@@ -127,11 +131,11 @@ def test_a_changed_or_missing_input_is_noticed(run_dir, file):
     path = run_dir / file
     content = path.read_bytes()
     path.write_bytes(content + b"\n")
-    assert f"{file} has changed since the card was written." in stentor_card.check_model_card(run_dir)
+    assert f"{file} has changed since the card was written." in stentor.card.check.check_model_card(run_dir)
     path.unlink()
-    assert f"{file} is gone since the card was written." in stentor_card.check_model_card(run_dir)
+    assert f"{file} is gone since the card was written." in stentor.card.check.check_model_card(run_dir)
     path.write_bytes(content)
-    assert stentor_card.check_model_card(run_dir) == []
+    assert stentor.card.check.check_model_card(run_dir) == []
 
 
 def test_a_record_changed_together_with_the_card_is_noticed(run_dir):
@@ -139,16 +143,16 @@ def test_a_record_changed_together_with_the_card_is_noticed(run_dir):
     loss = f"{json.loads((run_dir / 'summary.json').read_text())['eval_loss']:.4f}"
     for path in (run_dir / "final" / "README.md", run_dir / "model_card.json"):
         path.write_text(path.read_text().replace(loss, "1.2345"))
-    problems = stentor_card.check_model_card(run_dir)
+    problems = stentor.card.check.check_model_card(run_dir)
     assert any("1.2345 in the card" in problem and "summary.json: eval_loss" in problem for problem in problems), problems
     (run_dir / "model_card.json").unlink()
-    assert "model_card.json cannot be read" in stentor_card.check_model_card(run_dir)[0]
+    assert "model_card.json cannot be read" in stentor.card.check.check_model_card(run_dir)[0]
 
 
 def test_a_number_typed_into_our_own_prose_is_refused(run_dir, monkeypatch):
-    monkeypatch.setattr(stentor_card, "SECTIONS", (*stentor_card.SECTIONS, lambda facts: "It reaches 42.5% of GPT-2."))
-    stentor_card.write_model_card(run_dir)
-    problems = stentor_card.check_model_card(run_dir)
+    monkeypatch.setattr(stentor.card.sections, "SECTIONS", (*stentor.card.sections.SECTIONS, lambda facts: "It reaches 42.5% of GPT-2."))
+    stentor.card.check.write_model_card(run_dir)
+    problems = stentor.card.check.check_model_card(run_dir)
     assert [problem.split()[0] for problem in problems] == ["42.5%", "GPT-2."]
 
 
@@ -158,14 +162,14 @@ def test_what_has_no_file_stands_as_not_measured(run_dir):
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     card = su.write_model_card(run_dir).read_text()
-    assert stentor_card.check_model_card(run_dir) == []
+    assert stentor.card.check.check_model_card(run_dir) == []
     for text in ("| bits per byte of a byte bigram model, same text | not measured |", "Benchmark scores: not measured.",
                  "Hyperparameters: not measured.", "| layers | not measured |", "| energy, estimated | not measured kWh |",
                  "Sampled outputs: not measured.", "Tokens per source: not measured."):
         assert text in card, text
     (run_dir / "summary.json").write_text('{"eval_loss": NaN, "perplexity": "high", "parameters": null}')
     card = su.write_model_card(run_dir).read_text()
-    assert stentor_card.check_model_card(run_dir) == []
+    assert stentor.card.check.check_model_card(run_dir) == []
     assert "| perplexity | not measured |" in card and "nan" not in card.lower()
 
 
@@ -174,14 +178,14 @@ def test_the_instruct_version_and_its_probe_are_in_the_card(run_dir):
     shutil.rmtree(run_dir / "benchmark")
     write_scores(run_dir)
     card = su.write_model_card(run_dir).read_text()
-    assert stentor_card.check_model_card(run_dir) == []
+    assert stentor.card.check.check_model_card(run_dir) == []
     phases = json.loads((run_dir / "instruct/sft_summary.json").read_text())["phases"]
     main = next(phase for phase in phases[3:] if phase["phase"] == "main")          # of the delivered recipe, "better"
     assert re.search(rf"\| main \| 9 \| 4 \| [\d.]+ \| {main['loss_after']:.4f} \|", card)
     assert "| benign helped | 25.0% [10.0%, 40.0%] | 50.0% [35.0%, 65.0%] |" in card and "sampled" not in card
     path = run_dir / "instruct/probe.json"
     path.write_text(path.read_text().replace("0.625", "0.626"))
-    assert any("62.6%" in problem for problem in stentor_card.check_model_card(run_dir))
+    assert any("62.6%" in problem for problem in stentor.card.check.check_model_card(run_dir))
 
 
 def test_cut_contexts_ties_and_unchecked_items_are_in_the_card(run_dir):
@@ -191,7 +195,7 @@ def test_cut_contexts_ties_and_unchecked_items_are_in_the_card(run_dir):
     (run_dir / "benchmark" / "contamination.json").write_text(json.dumps({"ngram": 13, "tasks": {
         "mmlu": {"items": 200, "items_checked": 150, "contaminated": 3, "short_checked": 40, "short_found": 2}}}))
     card = su.write_model_card(run_dir).read_text()
-    assert stentor_card.check_model_card(run_dir) == []
+    assert stentor.card.check.check_model_card(run_dir) == []
     assert "mmlu of demo: 288 of 800 requests were longer than the model" in card
     assert "blimp of peer: in 1,234 of 67,000 items the best choices tie" in card and "mmlu of demo: in" not in card
     assert "2 stand in it whole; 10 are too short to be checked" in card
@@ -203,7 +207,7 @@ def test_an_own_recipe_is_held_against_nothing(run_dir):
     for name, recipe in (("mine", run["recipe"]), ("stentor2-12m", {**run["recipe"], "a_new_field": 3})):
         path.write_text(json.dumps({**run, "recipe": {**recipe, "name": name}}))
         card = su.write_model_card(run_dir).read_text()
-        assert stentor_card.check_model_card(run_dir) == []
+        assert stentor.card.check.check_model_card(run_dir) == []
         assert "There is no published recipe of this name" in card and "| learning_rate | 0.004 | no published figure |" in card
 
 
@@ -221,17 +225,17 @@ def test_metadata_parses_and_the_folder_still_loads(run_dir):
 
 
 def test_limitations_are_measured_on_held_out_text(run_dir, tiny):
-    starts = stentor_card.held_out_starts(run_dir, 3, 5)
+    starts = stentor.card.limitations.held_out_starts(run_dir, 3, 5)
     text = json.loads((tiny.folder / "topics.jsonl").read_text().splitlines()[0])["text"]
     assert len(starts) == 3 and text.startswith(tiny.tokenizer.decode(starts[0])[:12].strip("\x7f "))
-    found = stentor_card.measure_limitations(run_dir, count=4, max_new_tokens=12)
+    found = stentor.card.limitations.measure_limitations(run_dir, count=4, max_new_tokens=12)
     assert found["n"] == len(found["texts"]) == 4
     assert found["stopped"]["low"] <= found["stopped"]["share"] <= found["stopped"]["high"]
-    problems = stentor_card.check_model_card(run_dir)
+    problems = stentor.card.check.check_model_card(run_dir)
     assert problems, "a file that has come since makes the card out of date"
     assert "4 continuations of 16 held-out tokens" in su.write_model_card(run_dir).read_text()
-    assert stentor_card.check_model_card(run_dir) == []
-    assert stentor_card.repetition("a b c d e") == 0 and stentor_card.repetition("a b c " * 9) > 0.8
+    assert stentor.card.check.check_model_card(run_dir) == []
+    assert stentor.card.limitations.repetition("a b c d e") == 0 and stentor.card.limitations.repetition("a b c " * 9) > 0.8
 
 
 def test_a_dry_run_lists_exactly_what_would_go_and_finds_secrets(run_dir, monkeypatch):
@@ -242,7 +246,7 @@ def test_a_dry_run_lists_exactly_what_would_go_and_finds_secrets(run_dir, monkey
     (final / ".cache" / "x.json").write_text("{}")
     (final / "optimizer.pt").write_bytes(b"x")
     (final / "link.json").symlink_to("/etc/hostname")
-    lines = stentor_card.publish(run_dir, "me/demo")
+    lines = stentor.publish.publish(run_dir, "me/demo")
     listed = {line.split()[0] for line in lines if line.startswith("  ") and "left out" not in line}
     assert listed == {path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file()} - {
         ".cache/x.json", "optimizer.pt", "link.json"}
@@ -252,11 +256,11 @@ def test_a_dry_run_lists_exactly_what_would_go_and_finds_secrets(run_dir, monkey
                           ("correct-horse-battery", "$MY_API_KEY"), ("-----BEGIN RSA " + "PRIVATE KEY-----", "a private key"),
                           ('"key": "' + "0f" * 16 + '"', "a Kaggle key")):
         (final / "notes.txt").write_text(f"remember {content}\n")
-        said = "\n".join(stentor_card.publish(run_dir, "me/demo"))
+        said = "\n".join(stentor.publish.publish(run_dir, "me/demo"))
         assert f"wrong: a secret would be uploaded: notes.txt: {'the value of ' * kind.startswith('$')}{kind}" in said
         assert content not in said, "the report must not repeat the secret"
         with pytest.raises(su.ParameterError, match="a secret would be uploaded"):
-            stentor_card.publish(run_dir, "me/demo", dry_run=False, endpoint="http://127.0.0.1:9")
+            stentor.publish.publish(run_dir, "me/demo", dry_run=False, endpoint="http://127.0.0.1:9")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -302,8 +306,8 @@ def test_upload_goes_to_a_private_repository_only(run_dir, private):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    code = ("import sys, stentor_card\n"
-            "print('\\n'.join(stentor_card.publish(sys.argv[1], 'me/demo', dry_run=False, endpoint=sys.argv[2])))")
+    code = ("import sys, stentor.publish\n"
+            "print('\\n'.join(stentor.publish.publish(sys.argv[1], 'me/demo', dry_run=False, endpoint=sys.argv[2])))")
     env = {**os.environ, "HF_TOKEN": TOKEN, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run([sys.executable, "-c", code, str(run_dir), endpoint], cwd=REPO, env=env, capture_output=True,
                           text=True)
@@ -324,5 +328,5 @@ def test_upload_goes_to_a_private_repository_only(run_dir, private):
 def test_no_model_no_card(tmp_path):
     with pytest.raises(su.ParameterError, match="train a model there first"):
         su.write_model_card(tmp_path)
-    assert stentor_card.check_model_card(tmp_path)[0].startswith("final/README.md or model_card.json cannot be read")
-    assert Path(stentor_card.__file__).parent == REPO
+    assert stentor.card.check.check_model_card(tmp_path)[0].startswith("final/README.md or model_card.json cannot be read")
+    assert Path(stentor.card.__file__).parents[2] == REPO

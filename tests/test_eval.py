@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from notebook_functions import load_functions
 
-import stentor_eval as se
+from stentor import benchmark
 import stentor_utils as su
 import tokenmonster_hf as tm
 
@@ -47,7 +47,7 @@ def ours(english, tmp_path_factory):
     tokenizer = tm.TokenMonsterTokenizer.from_vocabulary(tm.Vocabulary.from_tokens(tokens, capcode=0, include="all256"))
     folder = tmp_path_factory.mktemp("ours") / "model"
     su.save_model_folder(random_model(su.Shape(len(tokenizer), 32, 64, 2, 2, 1, 512), tokenizer), tokenizer, folder)
-    model, tokenizer = se.load_scored(str(folder), "float32", torch.device("cpu"))
+    model, tokenizer = benchmark.run.load_scored(str(folder), "float32", torch.device("cpu"))
     return SimpleNamespace(model=model, tokenizer=tokenizer, folder=folder)
 
 
@@ -113,7 +113,7 @@ def test_ids_above_65_535_are_scored_as_they_are():
     entries[b"a"][0], entries[b"b"][0] = 66_254, 66_255
     tokenizer = tm.TokenMonsterTokenizer(vocabulary=vocabulary._rebuild(entries, []))
     model = random_model(su.Shape(len(tokenizer), 16, 32, 1, 2, 1, 64), tokenizer).requires_grad_(False)
-    lm = se.StentorLM(model, tokenizer)
+    lm = benchmark.lm.StentorLM(model, tokenizer)
     assert lm.tok_encode("ab") == [66_254, 66_255] and lm.requests_of([("a", "b")])[0].whole == [66_254, 66_255]
     [(score, _)] = lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
     expected = model(torch.tensor([[66_254]])).logits[0, -1].log_softmax(-1)[66_255]
@@ -131,8 +131,8 @@ def test_minimal_pairs_equal_plain_pytorch_to_the_item(which, ours, tmp_path):
     else:
         folder, limit, sets = tmp_path / "pairs", 5, 30
         subprocess.run([sys.executable, str(REPO / "data/minimal_pairs.py"), str(folder), "--pairs", "10"], check=True)
-    lm = se.StentorLM(ours.model, ours.tokenizer)
-    result = se.evaluate_block(lm, {"local": folder}, limit=limit, seed=7)
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    result = benchmark.run.evaluate_block(lm, {"local": folder}, limit=limit, seed=7)
     assert len(result["tasks"]) == sets
     for name, task in result["tasks"].items():
         rows = [json.loads(line) for line in open(folder / f"{name.partition('/')[2]}.jsonl")]
@@ -145,8 +145,8 @@ def test_minimal_pairs_equal_plain_pytorch_to_the_item(which, ours, tmp_path):
 
 def test_hellaswag_shaped_items_with_tokens_across_the_join(ours, english, tmp_path):
     folder = write_jsonl(tmp_path / "swag" / "endings.jsonl", hellaswag_items(english, 60))
-    lm = se.StentorLM(ours.model, ours.tokenizer)
-    task = se.evaluate_block(lm, {"local": folder})["tasks"]["swag/endings"]
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    task = benchmark.run.evaluate_block(lm, {"local": folder})["tasks"]["swag/endings"]
     rows = [json.loads(line) for line in open(folder / "endings.jsonl")]
     pairs = [(row["ctx"], [f" {choice}" for choice in row["choices"]]) for row in rows]
     expected = [[direct(ours.model, ours.tokenizer, context, ending) for ending in endings] for context, endings in pairs]
@@ -172,20 +172,20 @@ def test_hellaswag_shaped_items_with_tokens_across_the_join(ours, english, tmp_p
 
 def test_sharing_and_batching_change_nothing(ours, english):
     pairs = [(row["ctx"], [f" {choice}" for choice in row["choices"]]) for row in hellaswag_items(english, 20, seed=3)]
-    lm = se.StentorLM(ours.model, ours.tokenizer)
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
     assert lm.share and lm.fast_head
     scores = np.array(lm.loglikelihood(instances(pairs)))
-    alone = se.StentorLM(ours.model, ours.tokenizer, tokens_per_batch=1)
+    alone = benchmark.lm.StentorLM(ours.model, ours.tokenizer, tokens_per_batch=1)
     alone.share = alone.fast_head = False
     assert np.allclose(scores, np.array(alone.loglikelihood(instances(pairs))), atol=3e-4)
     shared = [tree for context, endings in pairs
-              for tree in se.make_trees(lm.requests_of([(context, ending) for ending in endings]), 512)]
+              for tree in benchmark.lm.make_trees(lm.requests_of([(context, ending) for ending in endings]), 512)]
     assert sum(len(tree.branches) > 1 for tree in shared) > 10      # that there was something shared
 
 
 def test_what_is_asked_twice_is_not_summed_twice(ours, english):
     """Twice in one item, in two items, and across tasks: as BLiMP and real choices have it. Whole texts too."""
-    lm = se.StentorLM(ours.model, ours.tokenizer)
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
     a, b, c = english[:3]
     pairs = [("", [a, a, b]), ("", [a, c]), (a, [f" {b}", f" {c}", f" {b}"]), (a, [f" {b}"])]
     expected = [direct(ours.model, ours.tokenizer, context, text) for context, texts in pairs for text in texts]
@@ -197,7 +197,7 @@ def test_what_is_asked_twice_is_not_summed_twice(ours, english):
 
 
 def test_empty_contexts_continuations_and_greedy(ours, english):
-    lm = se.StentorLM(ours.model, ours.tokenizer)
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
     text = english[0]
     pairs = [("", [text, " x"]), (text, [""]), (text + "  ", [""]), (" ", [text]), ("a", ["b"])]
     scores = [score for score, _ in lm.loglikelihood(instances(pairs))]
@@ -216,7 +216,7 @@ def test_empty_contexts_continuations_and_greedy(ours, english):
 
 def test_texts_longer_than_the_model(ours, english):
     """Contexts lose their left as in lm-eval; long texts are rolled over as in lm-eval; joins stay right."""
-    short = se.StentorLM(ours.model, ours.tokenizer, max_length=24)
+    short = benchmark.lm.StentorLM(ours.model, ours.tokenizer, max_length=24)
     stock = HFLM(pretrained=ours.model, tokenizer=ours.tokenizer, batch_size=1, max_length=24,
                  prefix_token_id=ours.tokenizer.eos_token_id)
     texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in [english[0], " ".join(english[:5]), "a"]]
@@ -229,7 +229,7 @@ def test_texts_longer_than_the_model(ours, english):
     assert short.counts["t"]["truncated"] == len(clean)
     long = " " + " ".join(english[5:9])               # longer than the window itself: all of it is predicted, once
     request = short.requests_of([("If", long)])[0]
-    spans = se.windows(request.whole, request.start, 24)
+    spans = benchmark.lm.windows(request.whole, request.start, 24)
     assert [i for _, first, end in spans for i in range(first, end)] == list(range(request.start, len(request.whole)))
     assert all(first - begin >= 1 and end - 1 - begin <= 24 for begin, first, end in spans)
     total = sum(logprob(ours.model, request.whole[begin:end], first - begin) for begin, first, end in spans)
@@ -256,7 +256,7 @@ def test_peers_of_other_architectures_equal_lm_eval(kind, english):
                                                  initializer_range=0.3)).eval()
     pairs = [(row["ctx"], [f" {choice}" for choice in row["choices"]]) for row in hellaswag_items(english, 12, seed=5)]
     pairs.append(("", [english[0], english[1]]))
-    lm = se.StentorLM(model, tokenizer)
+    lm = benchmark.lm.StentorLM(model, tokenizer)
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     mine, theirs = lm.loglikelihood(instances(pairs)), stock.loglikelihood(instances(pairs), disable_tqdm=True)
     assert np.allclose(mine, theirs, atol=1e-3) and lm.share and lm.fast_head and lm.counts["t"]["merged"] == 0
@@ -272,10 +272,10 @@ def test_a_model_that_ignores_our_mask_is_scored_the_plain_way(ours, english):
     import copy
     deaf = copy.deepcopy(ours.model)
     deaf.__class__ = Deaf
-    lm = se.StentorLM(deaf, ours.tokenizer)
+    lm = benchmark.lm.StentorLM(deaf, ours.tokenizer)
     assert not lm.share and not lm.fast_head
     pairs = [(row["ctx"], [f" {choice}" for choice in row["choices"]]) for row in hellaswag_items(english, 3)]
-    expected = se.StentorLM(ours.model, ours.tokenizer).loglikelihood(instances(pairs))
+    expected = benchmark.lm.StentorLM(ours.model, ours.tokenizer).loglikelihood(instances(pairs))
     assert np.allclose(lm.loglikelihood(instances(pairs)), expected, atol=1e-3)
 
 
@@ -292,8 +292,8 @@ def test_four_kinds_of_local_files(ours, english, tmp_path):
         writer.writerows({"query": i["ctx"], "choices": json.dumps(i["choices"]), "gold": i["label"]} for i in items)
     write_jsonl(folder / "text.jsonl", [{"text": text} for text in english[:5]])
     write_jsonl(folder / "sums.jsonl", [{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}] * 2)
-    lm = se.StentorLM(ours.model, ours.tokenizer)
-    tasks = se.evaluate_block(lm, {"local": folder})["tasks"]
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    tasks = benchmark.run.evaluate_block(lm, {"local": folder})["tasks"]
     assert set(tasks) == {"mine/choice", "mine/table", "mine/text", "mine/sums"}
     assert tasks["mine/choice"]["loglikelihoods"] == tasks["mine/table"]["loglikelihoods"]
     assert tasks["mine/choice"]["items"] == tasks["mine/table"]["items"] and tasks["mine/choice"]["chance"] == 0.25
@@ -305,9 +305,9 @@ def test_four_kinds_of_local_files(ours, english, tmp_path):
     assert set(tasks["mine/sums"]["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
     write_jsonl(tmp_path / "bad" / "x.jsonl", [{"question": "q", "choices": ["a"], "answer": 3}])
     with pytest.raises(su.ParameterError, match="row 0: answer = 3 does not name one of the choices"):
-        se.local_tasks(tmp_path / "bad")
+        benchmark.tasks.local_tasks(tmp_path / "bad")
     with pytest.raises(su.ParameterError, match="is not a folder with"):
-        se.local_tasks(tmp_path / "nothing")
+        benchmark.tasks.local_tasks(tmp_path / "nothing")
 
 
 def test_a_yaml_folder_is_lm_evals_own(ours, english, tmp_path):
@@ -317,14 +317,14 @@ def test_a_yaml_folder_is_lm_evals_own(ours, english, tmp_path):
         "task": "swag_yaml", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}, "cache_dir": str(tmp_path / "cache")},
         "doc_to_text": "{{ctx}}", "doc_to_choice": "choices", "doc_to_target": "label"}))
-    lm = se.StentorLM(ours.model, ours.tokenizer)
-    yaml = se.evaluate_block(lm, {"local": tmp_path / "yaml"})["tasks"]["swag_yaml"]
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    yaml = benchmark.run.evaluate_block(lm, {"local": tmp_path / "yaml"})["tasks"]["swag_yaml"]
     plain = write_jsonl(tmp_path / "plain" / "x.jsonl", hellaswag_items(english, 4))
-    assert yaml["loglikelihoods"] == se.evaluate_block(lm, {"local": plain})["tasks"]["plain/x"]["loglikelihoods"]
+    assert yaml["loglikelihoods"] == benchmark.run.evaluate_block(lm, {"local": plain})["tasks"]["plain/x"]["loglikelihoods"]
 
 
 def read(path):
-    return se.task_config(se.read_rows(path), path)
+    return benchmark.tasks.task_config(benchmark.rows.read_rows(path), path)
 
 
 PUBLISHED_ROWS = {                                    # a row as it is published -> the right choice
@@ -391,8 +391,8 @@ def test_what_looks_like_structure_is_text(ours, tmp_path):
     write_jsonl(folder / "text.jsonl", [{"text": q} for q in questions])
     write_jsonl(folder / "pairs.jsonl", [{"sentence_good": "[1, 2]", "sentence_bad": "'"}])
     write_jsonl(folder / ".hidden.jsonl", [{"nothing": 1}])
-    lm = se.StentorLM(ours.model, ours.tokenizer)
-    tasks = se.evaluate_block(lm, {"local": folder})["tasks"]
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    tasks = benchmark.run.evaluate_block(lm, {"local": folder})["tasks"]
     expected = [[direct(ours.model, ours.tokenizer, q, f" {c}") for c in choices] for q in questions]
     assert np.allclose(tasks["t/choice"]["loglikelihoods"], expected, atol=5e-4)
     assert set(tasks) == {"t/choice", "t/text", "t/pairs"}
@@ -406,7 +406,7 @@ def test_winogrande_scores_one_continuation_behind_two_contexts(ours, tmp_path):
     rows = [{"sentence": "Sarah was a better surgeon than Maria so _ got the easier cases.", "option1": "Sarah",
              "option2": "Maria", "answer": answer} for answer in ("2", 1)]
     folder = write_jsonl(tmp_path / "w" / "wino.jsonl", rows)
-    task = se.evaluate_block(se.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]["w/wino"]
+    task = benchmark.run.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]["w/wino"]
     expected = [direct(ours.model, ours.tokenizer, f"Sarah was a better surgeon than Maria so {name}", " got the easier cases.")
                 for name in ("Sarah", "Maria")]
     assert task["loglikelihoods"][0] == task["loglikelihoods"][1] == pytest.approx(expected, abs=5e-4)
@@ -427,8 +427,8 @@ GOOD = {"query": "q", "choices": ["x", "y"], "label": 0}
 def test_a_row_that_cannot_be_scored_is_named(bad, said, ours, tmp_path):
     folder = write_jsonl(tmp_path / "t" / "x.jsonl", [GOOD, bad])
     with pytest.raises(su.ParameterError, match=rf"x\.jsonl, line 2, row 1: .*{re.escape(said)}"):
-        se.local_tasks(folder)
-    assert len(se.local_problems(folder)) == 1
+        benchmark.tasks.local_tasks(folder)
+    assert len(benchmark.tasks.local_problems(folder)) == 1
 
 
 @pytest.mark.parametrize("name, data, said", [
@@ -456,10 +456,10 @@ def test_cells_longer_than_the_csv_modules_limit(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_benchmarks_as_they_are_shared():
-    assert se.local_problems(SHARED / "data" / "gsm8k") == []
+    assert benchmark.tasks.local_problems(SHARED / "data" / "gsm8k") == []
     config, docs = read(SHARED / "data" / "gsm8k" / "test.jsonl")
     assert len(docs) == 1319 and config["output_type"] == "generate_until"
-    assert "is no task" in se.local_problems(SHARED / "data" / "dolly")[0]
+    assert "is no task" in benchmark.tasks.local_problems(SHARED / "data" / "dolly")[0]
 
 
 @pytest.mark.parametrize("label", [-1, 4])
@@ -473,7 +473,7 @@ def test_an_unlabelled_split_of_a_yaml_task_is_refused(label, ours, english, tmp
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}, "cache_dir": str(tmp_path / "cache")},
         "doc_to_text": "{{ctx}}", "doc_to_choice": "choices", "doc_to_target": "label"}))
     with pytest.raises(su.ParameterError, match=f"unlabelled, item 1: its target {label} is no right answer"):
-        se.evaluate_block(se.StentorLM(ours.model, ours.tokenizer), {"local": tmp_path / "yaml"})
+        benchmark.run.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": tmp_path / "yaml"})
 
 
 def test_ties_share_the_point_and_are_counted(ours, english, notebook, tmp_path):
@@ -482,7 +482,7 @@ def test_ties_share_the_point_and_are_counted(ours, english, notebook, tmp_path)
                          + [{"sentence_good": a, "sentence_bad": b}, {"sentence_good": b, "sentence_bad": a}])
     write_jsonl(folder / "choice.jsonl", [{"query": a, "choices": [b, b, b, b], "label": 2},
                                           {"query": a, "choices": [c, "x", c], "label": 2}])
-    task = se.evaluate_block(se.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]
+    task = benchmark.run.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]
     pairs, choice = task["t/pairs"], task["t/choice"]
     assert pairs["items"]["acc,none"][:3] == [0.5] * 3 and sum(pairs["items"]["acc,none"][3:]) == 1
     assert pairs["metrics"]["acc,none"] == 0.5 and pairs["ties"] == {"acc,none": 3}
@@ -504,7 +504,7 @@ def test_texts_of_the_same_tokens_tie():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "the": 2, "a": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
-    lm = se.StentorLM(random_model(su.Shape(4, 32, 64, 2, 2, 1, 512), tokenizer), tokenizer)
+    lm = benchmark.lm.StentorLM(random_model(su.Shape(4, 32, 64, 2, 2, 1, 512), tokenizer), tokenizer)
     pairs = [("", ["the cat", "the dog"]), ("", ["the dog a"]), ("", ["the mouse"])]
     keys = [request.key for request in lm.requests_of([(c, text) for c, texts in pairs for text in texts])]
     assert keys[0] == keys[1] == keys[3] != keys[2]
@@ -519,18 +519,18 @@ def test_a_model_that_knows_nothing_scores_chance(ours, tmp_path):
             parameter.zero_()
     tokens = [ours.tokenizer.decode([i]) for i in range(300, 340)]
     rows = [{"sentence_good": "zq" + a, "sentence_bad": "zq" + b} for a, b in zip(tokens, tokens[1:])]
-    task = se.evaluate_block(se.StentorLM(blank, ours.tokenizer), {
+    task = benchmark.run.evaluate_block(benchmark.lm.StentorLM(blank, ours.tokenizer), {
         "local": write_jsonl(tmp_path / "t" / "pairs.jsonl", rows)})["tasks"]["t/pairs"]
     assert task["metrics"]["acc,none"] == 0.5 and task["ties"]["acc,none"] == len(rows) == 39
     assert task["lm_eval_metrics"]["acc,none"] == 1.0
     with torch.no_grad():
         blank.lm_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="t/pairs, item 0: the model's log-likelihood is not a number"):
-        se.evaluate_block(se.StentorLM(blank, ours.tokenizer), {"local": tmp_path / "t"})
+        benchmark.run.evaluate_block(benchmark.lm.StentorLM(blank, ours.tokenizer), {"local": tmp_path / "t"})
 
 
 def test_generation_from_nothing_and_for_longer_than_the_model(ours, english):
-    lm = se.StentorLM(ours.model, ours.tokenizer, max_length=32)
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer, max_length=32)
 
     def ask(context, **options):
         request = Instance("generate_until", {}, (context, {"until": [], **options}), 0, metadata=("g", 0, 1))
@@ -551,11 +551,11 @@ def test_generation_from_nothing_and_for_longer_than_the_model(ours, english):
 
 
 def test_the_cards_blocks_name_tasks_that_this_lm_eval_has():
-    manager = se.task_manager()
-    names = {name for _, tasks, _ in se.BLOCKS.values() for name in tasks}
+    manager = benchmark.tasks.task_manager()
+    names = {name for _, tasks, _ in benchmark.tasks.BLOCKS.values() for name in tasks}
     assert names <= set(manager.all_tasks)
     columns = {(column["task"], column["num_fewshot"]) for column in PUBLISHED["peers"]["columns"]}
-    assert columns == {(name, shots) for _, tasks, shots in se.BLOCKS.values() for name in tasks} - {("blimp", 0)}
+    assert columns == {(name, shots) for _, tasks, shots in benchmark.tasks.BLOCKS.values() for name in tasks} - {("blimp", 0)}
     assert {f"mmlu_{group}" for group in ("humanities", "other", "social_sciences", "stem")} <= set(manager.all_tasks)
 
 
@@ -563,63 +563,63 @@ def test_the_cards_blocks_name_tasks_that_this_lm_eval_has():
 
 def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
     folder = write_jsonl(tmp_path / "t" / "a.jsonl", hellaswag_items(english, 5))
-    cache = se.Cache(tmp_path / "cache.sqlite")
-    lm = se.StentorLM(ours.model, ours.tokenizer, cache=cache)
-    first = se.evaluate_block(lm, {"local": folder})
+    cache = benchmark.lm.Cache(tmp_path / "cache.sqlite")
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer, cache=cache)
+    first = benchmark.run.evaluate_block(lm, {"local": folder})
     lm.score = None                                   # calling it would fail: everything must come from the cache
-    again = se.evaluate_block(lm, {"local": folder})
+    again = benchmark.run.evaluate_block(lm, {"local": folder})
     assert again["tasks"] == first["tasks"] and again["key"] == first["key"]
     import copy
     changed = copy.deepcopy(ours.model)
     with torch.no_grad():
         changed.model.norm.weight[0] += 1e-3
-    other = se.StentorLM(changed, ours.tokenizer, cache=cache)
-    result = se.evaluate_block(other, {"local": folder})
+    other = benchmark.lm.StentorLM(changed, ours.tokenizer, cache=cache)
+    result = benchmark.run.evaluate_block(other, {"local": folder})
     assert result["key"] != first["key"] and result["tasks"]["t/a"]["loglikelihoods"] != first["tasks"]["t/a"]["loglikelihoods"]
-    base = se.model_fingerprint(ours.model, ours.tokenizer)
-    assert base != se.model_fingerprint(copy.deepcopy(ours.model).bfloat16(), ours.tokenizer)
+    base = benchmark.lm.model_fingerprint(ours.model, ours.tokenizer)
+    assert base != benchmark.lm.model_fingerprint(copy.deepcopy(ours.model).bfloat16(), ours.tokenizer)
     theta = copy.deepcopy(ours.model)
     theta.config.rms_norm_eps = 1e-3
-    assert base != se.model_fingerprint(theta, ours.tokenizer)
+    assert base != benchmark.lm.model_fingerprint(theta, ours.tokenizer)
     resized = tm.TokenMonsterTokenizer.from_vocabulary(ours.tokenizer.vocabulary, vocab_size=len(ours.tokenizer) + 128)
-    assert base != se.model_fingerprint(ours.model, resized)
-    assert base == se.model_fingerprint(se.load_scored(str(ours.folder), "float32", torch.device("cpu"))[0], ours.tokenizer)
+    assert base != benchmark.lm.model_fingerprint(ours.model, resized)
+    assert base == benchmark.lm.model_fingerprint(benchmark.run.load_scored(str(ours.folder), "float32", torch.device("cpu"))[0], ours.tokenizer)
     rows = hellaswag_items(english, 5)                # another right answer to the same prompts: another key, and score
     rows[0]["label"] = (rows[0]["label"] + 1) % 4
     write_jsonl(folder / "a.jsonl", rows)
-    assert se.evaluate_block(lm, {"local": folder})["key"] != first["key"]
+    assert benchmark.run.evaluate_block(lm, {"local": folder})["key"] != first["key"]
 
 
 KILLS = """
 import json, os, random, sys
 from pathlib import Path
 import torch
+from stentor import benchmark
 import datasets, lm_eval.evaluator, lm_eval.api.task
-import stentor_eval as se
 sys.path.append("tests")
 import kill_here
 torch.set_num_threads(1)                              # no thread pool, so that forking is safe
 config = json.loads(sys.argv[2])
-se.load_scored(config["models"]["m"], "float32", torch.device("cpu"))      # all imports, once, for every child
+benchmark.run.load_scored(config["models"]["m"], "float32", torch.device("cpu"))      # all imports, once, for every child
 def answers(folder):
     try:
-        with se.sqlite3.connect(f"file:{folder}/cache.sqlite?mode=ro", uri=True, timeout=5) as c:
+        with sqlite3.connect(f"file:{folder}/cache.sqlite?mode=ro", uri=True, timeout=5) as c:
             return c.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
-    except se.sqlite3.Error:
+    except sqlite3.Error:
         return 0
 def child(folder, goal=None, calls=0):
     "Score to the end, or until so many calls after that many answers are kept; the exit status."
     pid = os.fork()
     if pid == 0:
-        put = se.Cache.put
+        put = benchmark.lm.Cache.put
         def put_and_die(cache, new):
             put(cache, new)
             if answers(folder) >= goal:
-                se.Cache.put = put
+                benchmark.lm.Cache.put = put
                 kill_here.after(calls)
         if goal:
-            se.Cache.put = put_and_die
-        se.run(config, folder, say=lambda text: print(folder.name, "|", text, flush=True))
+            benchmark.lm.Cache.put = put_and_die
+        benchmark.run.run(config, folder, say=lambda text: print(folder.name, "|", text, flush=True))
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 whole, killed = Path(sys.argv[1]) / "whole", Path(sys.argv[1]) / "killed"
@@ -664,10 +664,10 @@ def test_two_processes_give_the_scores_of_one(ours, english, tmp_path):
     config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "tokens_per_batch": 512, "blocks": {
         name: {"title": name, "local": str(tmp_path / name)} for name in ("unlabelled", "one")}}
     said = []
-    se.launch(config, tmp_path / "two", num_processes=2, say=lambda text: (said.append(text), print(text)))
+    benchmark.run.launch(config, tmp_path / "two", num_processes=2, say=lambda text: (said.append(text), print(text)))
     two = json.loads((tmp_path / "two" / "m" / "one.json").read_text())
     (tmp_path / "single").mkdir()
-    se.run(config, tmp_path / "single", say=said.append)
+    benchmark.run.run(config, tmp_path / "single", say=said.append)
     one = json.loads((tmp_path / "single" / "m" / "one.json").read_text())
     assert one["key"] == two["key"]
     assert any("unlabelled | failed" in line for line in said)        # refused by both, and the next block scored
@@ -681,9 +681,9 @@ def test_a_failing_block_does_not_cost_the_others(ours, english, tmp_path):
     config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "blocks": {
         name: {"title": name, "local": str(tmp_path / name)} for name in ("bad", "good")}}
     (tmp_path / "bad" / "b.jsonl.gz").write_bytes(b"")
-    assert "b.jsonl.gz cannot be read" in se.local_problems(tmp_path / "bad")[1]
+    assert "b.jsonl.gz cannot be read" in benchmark.tasks.local_problems(tmp_path / "bad")[1]
     (tmp_path / "out").mkdir()
-    summary = se.run(config, tmp_path / "out", say=lambda text: None)
+    summary = benchmark.run.run(config, tmp_path / "out", say=lambda text: None)
     blocks = summary["models"]["m"]["blocks"]
     assert blocks["bad"]["status"] == "failed" and "columns are nothing" in blocks["bad"]["error"]
     assert blocks["good"]["status"] == "ok" and json.loads((tmp_path / "out/run_summary.json").read_text()) == summary
@@ -693,14 +693,14 @@ def test_a_failing_block_does_not_cost_the_others(ours, english, tmp_path):
 
 def test_items_from_the_training_text_are_found_and_others_not(tiny):
     texts = [text for text, reason, _ in su.clean_documents(tiny.source) if not reason]
-    trained = se.words_of(texts[5])                   # the first four are held out
+    trained = benchmark.contamination.words_of(texts[5])                   # the first four are held out
     assert len(trained) > 60
     items = {"copied": [[" ".join(trained[i:i + 20]).upper() + "!"] for i in (0, 9, 30)],     # case and signs do not matter
              "inside": [["something else before it " + " ".join(trained[20:33])], ["x " * 20 + " ".join(trained[20:32])]],
              "short": [[" ".join(trained[40:46])], ["zyx wvu tsr qpo nml kji"], ["too short"]],
-             "across": [[" ".join(trained[-7:] + se.words_of(texts[6])[:7])]],      # the end of one document, the next one
+             "across": [[" ".join(trained[-7:] + benchmark.contamination.words_of(texts[6])[:7])]],      # the end of one document, the next one
              "fresh": [[" ".join(reversed(trained[:20]))], ["colourless green ideas sleep furiously " * 4]]}
-    found = se.contamination(items, tiny.store_dir, tiny.tokenizer)
+    found = benchmark.contamination.contamination(items, tiny.store_dir, tiny.tokenizer)
     assert found["copied"] == {"items": 3, "items_checked": 3, "contaminated": 3, "short_checked": 0, "short_found": 0}
     assert found["inside"]["contaminated"] == 1       # thirteen words in a row are, twelve are not
     assert found["short"] == {"items": 3, "items_checked": 0, "contaminated": 0, "short_checked": 2, "short_found": 1}
@@ -751,37 +751,37 @@ def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
     source = su.Source("planted", str(tmp_path / "planted.jsonl"))
     store = su.prepare_tokens([source], tiny.tokenizer, tmp_path / "tokens", tokens_per_source={"planted": 10**6},
                               validation_documents=4, shard_tokens=20_000, progress=lambda text: None)
-    texts = {task.config.task: [] for task in se.local_tasks(folder)}
-    for task in se.local_tasks(folder):
+    texts = {task.config.task: [] for task in benchmark.tasks.local_tasks(folder)}
+    for task in benchmark.tasks.local_tasks(folder):
         task.build_all_requests(rank=0, world_size=1)
-        texts[task.config.task] = se.item_texts(task)
-    found = se.contamination(texts, store, tiny.tokenizer)
+        texts[task.config.task] = benchmark.tasks.item_texts(task)
+    found = benchmark.contamination.contamination(texts, store, tiny.tokenizer)
     assert len(found) == 6
     for name, counts in found.items():
         assert counts["items"] == len(sizes) + 1 and counts["items_checked"] + counts["short_checked"] == len(sizes), name
         assert counts["contaminated"] == counts["items_checked"] >= 2 and counts["short_found"] == counts["short_checked"], name
     fresh = {name: [[f"{words(8)} {words(8)}", words(8)], [words(7)]] for name in found}
     assert not any(row["contaminated"] or row["short_found"]
-                   for row in se.contamination(fresh, store, tiny.tokenizer).values())
+                   for row in benchmark.contamination.contamination(fresh, store, tiny.tokenizer).values())
 
 
 def test_words_are_what_is_left_without_case_and_signs():
-    assert se.words_of("**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4") == [
+    assert benchmark.contamination.words_of("**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4") == [
         "dont", "pay", "100050", "for", "a", "wellknown", "strasse", "3", "4"]
     text = "Janet's 16 eggs (3.5 a day), a half-price STRASSE"
-    assert se.words_of(re.sub(r"[^\w\s]", "", text).lower()) == se.words_of(text)
-    assert se.words_of("one\n\x00\ntwo") == ["one", "\x00", "two"]
+    assert benchmark.contamination.words_of(re.sub(r"[^\w\s]", "", text).lower()) == benchmark.contamination.words_of(text)
+    assert benchmark.contamination.words_of("one\n\x00\ntwo") == ["one", "\x00", "two"]
 
 
 def test_words_that_items_share_are_evidence_of_none(tiny):
     """A question that several items ask, or a prompt's own words, stand in the store: no item does."""
-    trained = se.words_of([text for text, reason, _ in su.clean_documents(tiny.source) if not reason][5])
+    trained = benchmark.contamination.words_of([text for text, reason, _ in su.clean_documents(tiny.source) if not reason][5])
     shared, prompt = " ".join(trained[:7]), " ".join(trained[10:30])
     items = [[f"{shared} zyx{i} wvu{i}", f"{prompt} {shared} zyx{i}", shared] for i in range(3)]
-    found = se.contamination({"t": items}, tiny.store_dir, tiny.tokenizer)["t"]
+    found = benchmark.contamination.contamination({"t": items}, tiny.store_dir, tiny.tokenizer)["t"]
     assert found["short_checked"] == 3 and found["short_found"] == 0
     alone = [[f"{shared} zyx wvu", shared], ["a question that is its own and no other's"]]
-    assert se.contamination({"t": alone}, tiny.store_dir, tiny.tokenizer)["t"]["short_found"] == 1
+    assert benchmark.contamination.contamination({"t": alone}, tiny.store_dir, tiny.tokenizer)["t"]["short_found"] == 1
 
 
 @pytest.mark.parametrize("chunk", [500, 1 << 20])
@@ -790,7 +790,7 @@ def test_the_store_is_read_whole_and_cut_between_documents(tiny, chunk):
     shards = [np.fromfile(Path(tiny.store_dir) / shard["file"], "<u2") for shard in manifest["sources"]["topics"]["shards"]]
     parts = np.split(np.concatenate(shards), np.flatnonzero(np.concatenate(shards) == manifest["eos_token_id"]) + 1)
     documents = [tiny.tokenizer.vocabulary.decode(part[part != manifest["eos_token_id"]].astype(np.int64)) for part in parts]
-    read = "\x00".join(se.store_texts(tiny.store_dir, tiny.tokenizer, chunk))
+    read = "\x00".join(benchmark.contamination.store_texts(tiny.store_dir, tiny.tokenizer, chunk))
     assert [" ".join(text.split()) for text in read.split("\x00") if text.strip()] == [
         " ".join(text.split()) for text in documents if text.strip()]
     assert len(shards) > 1
@@ -880,7 +880,7 @@ def test_tables_and_model_index_say_what_the_items_say(notebook, ours, english, 
     config = {"models": {"m": str(ours.folder), "other": str(tmp_path / "other")}, "dtype": "float32",
               "blocks": {"swag": {"title": "swag", "local": str(tmp_path / "swag")}}}
     (tmp_path / "out").mkdir()
-    summary = se.run(config, tmp_path / "out", say=lambda text: None)
+    summary = benchmark.run.run(config, tmp_path / "out", say=lambda text: None)
     results = notebook.load_blocks(tmp_path / "out", summary)
     rows = notebook.result_rows(results, PUBLISHED["peers"])
     task = results["m"]["swag"]["tasks"]["swag/a"]
@@ -901,12 +901,12 @@ def test_folders_of_one_name_are_told_apart(tmp_path, notebook, ours, english):
     write_jsonl(tmp_path / "a" / "dev" / "text.jsonl", [{"text": text} for text in english[:5]])
     (tmp_path / "a" / "dev" / "text.csv").write_text("text\nanother\n")
     places = [tmp_path / "a" / "dev", str(tmp_path / "b" / "dev"), tmp_path / "a" / "dev" / "x.jsonl", tmp_path / "a" / "dev"]
-    blocks = se.local_blocks(places)
+    blocks = benchmark.tasks.local_blocks(places)
     assert [block["name"] for block in blocks.values()] == ["a/dev", "b/dev", "x.jsonl"] and len(blocks) == 3
-    assert list(se.local_blocks(places[:1])) == ["local_dev"]
+    assert list(benchmark.tasks.local_blocks(places[:1])) == ["local_dev"]
     (tmp_path / "out").mkdir()
     config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "blocks": blocks}
-    summary = se.run(config, tmp_path / "out", say=lambda text: None)
+    summary = benchmark.run.run(config, tmp_path / "out", say=lambda text: None)
     results = notebook.load_blocks(tmp_path / "out", summary)
     rows = {row["task"]: row for row in notebook.result_rows(results, PUBLISHED["peers"])}
     assert set(rows) == {"a/dev/x", "b/dev/x", "a/dev/text.csv", "a/dev/text.jsonl", "x.jsonl"}
@@ -953,6 +953,6 @@ def test_less_bits_per_byte_is_the_better_rank(notebook):
 def test_the_formats_stand_in_the_notebook():
     cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
     about = next("".join(cell["source"]) for cell in cells if cell["id"] == "suite-about")
-    columns = {name for tells, _, _ in se.KINDS.values() for names in tells for name in names}
-    for name in {*columns, *se.QUESTIONS, *se.PASSAGES, *se.LABELS, *se.TASK_FILES}:
+    columns = {name for tells, _, _ in benchmark.tasks.KINDS.values() for names in tells for name in names}
+    for name in {*columns, *benchmark.rows.QUESTIONS, *benchmark.rows.PASSAGES, *benchmark.rows.LABELS, *benchmark.rows.TASK_FILES}:
         assert f"`{name}`" in about, name

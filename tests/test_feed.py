@@ -6,6 +6,9 @@ import time
 import numpy as np
 import pytest
 
+import stentor.checkpoints
+import stentor.growing
+import stentor.launch
 import stentor_utils as su
 
 WEB_CODE_MATH = {"web": 0.75, "code": 0.15, "math": 0.10}
@@ -19,8 +22,8 @@ def mixed(tiny):
 
 
 def fill(recipe, tiny, folder, shard_tokens=2560):
-    for name in su.planned_shards(recipe, shard_tokens):
-        su.fill_source(recipe, tiny.tokenizer, folder, name, shard_tokens=shard_tokens)
+    for name in stentor.growing.planned_shards(recipe, shard_tokens):
+        stentor.growing.fill_source(recipe, tiny.tokenizer, folder, name, shard_tokens=shard_tokens)
     return su.GrowingStore(folder, recipe, shard_tokens)
 
 
@@ -44,14 +47,14 @@ def test_the_order_does_not_depend_on_how_full_the_store_is(mixed, tiny, tmp_pat
     run_dir.mkdir()
     (run_dir / "run.json").write_text(json.dumps({
         "recipe": mixed.to_dict(), "store": "tokens", "tokenizer": str(tiny.tokenizer_dir), "fill": {"shard_tokens": 2560}}))
-    with su.fill_while_training(run_dir / "run.json", mixed, 2560) as failed:
+    with stentor.launch.fill_while_training(run_dir / "run.json", mixed, 2560) as failed:
         store = su.GrowingStore(run_dir / "tokens", mixed, 2560, failed=failed)
         growing = [store.batch(step)["input_ids"] for step in range(mixed.total_steps)]
     full = fill(mixed, tiny, tmp_path / "full")
     for step, batch in enumerate(growing):
         assert (full.batch(step)["input_ids"] == batch).all(), step
     recipe = dataclasses.replace(mixed, eval_steps=7)
-    assert su.run_fingerprint(recipe, store) == su.run_fingerprint(recipe, full)          # so a run may go on with either
+    assert stentor.checkpoints.run_fingerprint(recipe, store) == stentor.checkpoints.run_fingerprint(recipe, full)          # so a run may go on with either
     assert (store.validation()[0] == full.validation()[0]).all() and store.validation()[1] == full.validation()[1]
 
 
@@ -97,7 +100,7 @@ def test_a_worker_stays_ahead_and_not_more(mixed, tiny, tmp_path):
         "recipe": mixed.to_dict(), "store": "tokens", "tokenizer": str(tiny.tokenizer_dir),
         "fill": {"shard_tokens": 2560, "ahead_shards": 2}}))
     written = lambda: sorted(path.stat().st_mtime for path in (tmp_path / "tokens").glob("web/web/train-*.bin"))  # noqa: E731
-    with su.fill_while_training(tmp_path / "run.json", mixed, 2560) as failed:
+    with stentor.launch.fill_while_training(tmp_path / "run.json", mixed, 2560) as failed:
         store = su.GrowingStore(tmp_path / "tokens", mixed, 2560, failed=failed)
 
         def wait_for(shards):
@@ -118,7 +121,7 @@ def test_a_failed_worker_stops_the_reader_with_its_error(mixed, tiny, tmp_path):
     gone = dataclasses.replace(mixed, sources=(missing, *mixed.sources[1:]))
     (tmp_path / "run.json").write_text(json.dumps({
         "recipe": gone.to_dict(), "store": "tokens", "tokenizer": str(tiny.tokenizer_dir), "fill": {"shard_tokens": 2560}}))
-    with su.fill_while_training(tmp_path / "run.json", gone, 2560) as failed:
+    with stentor.launch.fill_while_training(tmp_path / "run.json", gone, 2560) as failed:
         with pytest.raises(su.FeedStopped, match="source web ended with exit code 2: source web: /no/such/file.jsonl is not"):
             su.GrowingStore(tmp_path / "tokens", gone, 2560, failed=failed)
 

@@ -10,14 +10,13 @@ import time
 import pytest
 from conftest import REPO
 
-import stentor_data
+import stentor.files
 import stentor_utils as su
 
 WRITER = """
 import sys
-import stentor_data
 while True:
-    stentor_data.write_atomically(sys.argv[1], bytes(20_000_000))
+    stentor.files.write_atomically(sys.argv[1], bytes(20_000_000))
 """
 
 
@@ -36,7 +35,7 @@ def test_what_a_killed_writer_left_goes_at_the_next_write_and_a_live_ones_stays(
             break
     assert left == [f".big.bin.{process.pid}"]
     (tmp_path / ".other.bin.77").write_bytes(b"x")    # nobody's of this name
-    with stentor_data._open_locked(tmp_path / ".big.bin.1"):       # what another process is writing
+    with stentor.files._open_locked(tmp_path / ".big.bin.1"):       # what another process is writing
         su.write_atomically(tmp_path / "big.bin", b"new")
         assert temporaries(tmp_path) == [".big.bin.1", ".other.bin.77"]
     su.write_atomically(tmp_path / "big.bin", b"newer")
@@ -137,7 +136,6 @@ def test_a_source_that_was_too_short_is_read_again_when_it_was_mended(tiny, tmp_
 
 HOMES = """
 import json, os, sys, tempfile
-import stentor_data
 import matplotlib, numba
 from huggingface_hub import constants
 from jupyter_core.paths import jupyter_runtime_dir
@@ -145,7 +143,7 @@ from pathlib import Path
 import tokenmonster_hf as tm
 v = tm.Vocabulary.from_tokens([b" the"], capcode=0, include="all256")
 assert v.decode(v.encode(" the end")) == " the end"
-for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir(), stentor_data.cache_folder()):
+for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir(), stentor.files.cache_folder()):
     os.makedirs(folder, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     print(folder)
@@ -179,6 +177,6 @@ def test_without_a_home_every_cache_has_a_place(tmp_path, home, cache):
 def test_a_cache_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STENTOR_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(stentor_data, "_extract", lambda kind: pytest.fail("worked first"))
+    monkeypatch.setattr(stentor.corpus, "_extract", lambda kind: pytest.fail("worked first"))
     with pytest.raises(su.ParameterError, match="which cannot be written.*set STENTOR_CACHE"):
         su.local_corpus("math")

@@ -18,7 +18,7 @@ import pytest
 from conftest import REPO
 from hub_server import HubServer
 
-import stentor_data
+import stentor.sources
 import stentor_utils as su
 
 TOKEN = "hf_" + "canaryCanaryCanary"        # in two halves, or tests/lint.py would find it
@@ -332,13 +332,13 @@ def test_config_and_split_choose_the_files(hub, name, config, expected, by_path)
     hub.page_size = 3
     files = {path: b"x" * (i + 1) for i, path in enumerate(names)} | {"data/notes.txt": b"", ".gitattributes": b""}
     hub.commit("owner/web", files | {"README.md": readme})
-    assert su.source_files(source(config=config)) == {path: len(files[path]) for path in expected}
+    assert stentor.sources.source_files(source(config=config)) == {path: len(files[path]) for path in expected}
     hub.commit("owner/web", files | {"README.md": b"no front matter"})
     if by_path:
-        assert list(su.source_files(source(config=config))) == expected
+        assert list(stentor.sources.source_files(source(config=config))) == expected
     hub.commit("owner/web", files)
     if by_path:
-        assert list(su.source_files(source(config=config))) == expected
+        assert list(stentor.sources.source_files(source(config=config))) == expected
 
 
 def test_a_missing_config_or_split_is_named(hub):
@@ -349,7 +349,7 @@ def test_a_missing_config_or_split_is_named(hub):
         names, readme = CARDS[name]
         hub.commit("owner/web", {path: b"x" for path in names} | {"README.md": readme})
         with pytest.raises(su.ParameterError) as caught:
-            su.source_files(source(**more))
+            stentor.sources.source_files(source(**more))
         assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
@@ -357,7 +357,7 @@ def test_a_missing_config_or_split_is_named(hub):
                                    b"configs:\n- config_name: x\n- 7\n- config_name: y\n  data_files:"])
 def test_a_card_that_says_nothing_of_use_leaves_it_to_the_paths(hub, front):
     hub.commit("owner/web", {"data/train-0.jsonl": b"x", "data/test-0.jsonl": b"x", "README.md": b"---\n" + front + b"\n---\n"})
-    assert list(su.source_files(source())) == ["data/train-0.jsonl"]
+    assert list(stentor.sources.source_files(source())) == ["data/train-0.jsonl"]
 
 
 # --- the token
@@ -394,7 +394,7 @@ def everything_that_asks(tiny, folder, **reading) -> dict:
         su.prepare_tokens([source()], tiny.tokenizer, folder / "store", tokens_per_source={"web": 10}, validation_documents=1,
                           **reading)
     return {"the commit": lambda: su.pin_revision(source(), **reading),
-            "the files": lambda: su.source_files(source(revision="0" * 40), **reading),
+            "the files": lambda: stentor.sources.source_files(source(revision="0" * 40), **reading),
             "the documents": lambda: list(su.documents(source(), **reading)), "the store": store,
             "a vocabulary": lambda: su.find_vocabulary("english-1024-strict-nocapcode-v1", **reading),
             "a tokenizer": lambda: su.load_tokenizer("hf:owner/web", **reading),
@@ -406,7 +406,7 @@ def everything_that_asks(tiny, folder, **reading) -> dict:
 def empty_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(stentor_data, "_answered", set())
+    monkeypatch.setattr(stentor.hub, "_answered", set())
 
 
 def free_port() -> int:
@@ -421,7 +421,7 @@ def test_without_a_network_every_path_says_so_in_one_sentence_within_seconds(hub
                                                                              capfd, address):
     point_to(address.format(free_port()), monkeypatch)
     naps = []
-    monkeypatch.setattr(stentor_data.time, "sleep", naps.append)          # load_model hands no other on
+    monkeypatch.setattr(stentor.hub.time, "sleep", naps.append)          # load_model hands no other on
     for name, ask in everything_that_asks(tiny, tmp_path, sleep=naps.append).items():
         naps.clear()
         with pytest.raises((su.SourceError, su.ParameterError), match="On Kaggle switch Internet on") as caught:
@@ -481,7 +481,7 @@ def test_a_hub_name_is_a_hub_name_for_tokenizers_and_models(hub, empty_cache, ti
         loaded = su.load_model("hf:owner/ours").state_dict()
         assert all((loaded[name] == weight).all() for name, weight in model.state_dict().items())
         point_to(f"http://127.0.0.1:{free_port()}", monkeypatch)
-        monkeypatch.setattr(stentor_data.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(stentor.hub.time, "sleep", lambda seconds: None)
     assert not [path for _, path, _, _ in hub.log if "onnx" in path]
 
 
@@ -529,7 +529,6 @@ with HfFileSystem().open(f"datasets/owner/web/{name}", revision=commit, block_si
     file.seek(5000)
     part = file.read(3000).hex()
 whole = open(hf_hub_download("owner/web", name, repo_type="dataset", cache_dir=sys.argv[1]), "rb").read().hex()
-import stentor_utils as su
 texts = [text for text, _ in su.documents(su.Source("web", "hf:owner/web"))]
 print(json.dumps([commit, sorted(api.list_repo_files("owner/web", repo_type="dataset")), part, whole, texts]))
 """

@@ -8,16 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import stentor.notebooks
 from conftest import REPO
-
-import run_notebooks
 
 CHAIN = ["01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"]
 CANARIES = {name: f"canary-{name}-Canary7Canary7" for name in ("HF_TOKEN", "KAGGLE_KEY", "WANDB_API_KEY", "AWS_SECRET_KEY")}
 
 
 def run(*parameters, notebooks=CHAIN, **env):
-    return subprocess.run([sys.executable, "run_notebooks.py", "run", *notebooks, "-p", "PROFILE=cpu", *parameters],
+    return subprocess.run([sys.executable, "-m", "stentor_utils", "run", *notebooks, "-p", "PROFILE=cpu", *parameters],
                           cwd=REPO, env={**os.environ, **env}, capture_output=True, text=True)
 
 
@@ -144,9 +143,10 @@ def test_no_secret_of_the_environment_is_in_what_was_made(chain):
 
 
 def test_the_model_card_is_there_and_every_number_in_it_has_a_file(chain):
-    import stentor_card
+    import stentor.card.check
+    import stentor.notebooks
     folder, _ = chain
-    assert stentor_card.check_model_card(folder) == []
+    assert stentor.card.check.check_model_card(folder) == []
     card = (folder / "final" / "README.md").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     for text in (f"| perplexity | {summary['perplexity']:,.2f} |", "1,377,408 parameters",
@@ -295,7 +295,7 @@ def test_notebooks_are_kept_as_agreed(path):
     assert "/work/" not in path.read_text() and "/root/" not in path.read_text()
     opening = notebook.cells[0].source
     assert all(word in opening for word in ("makes", "takes", "needs")) and notebook.cells[-1].cell_type in ("markdown", "code")
-    assert run_notebooks.notebook_parameters(path)
+    assert stentor.notebooks.notebook_parameters(path)
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "kaggle").glob("*/kernel-metadata.json")), ids=lambda path: path.parent.name)

@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-import run_notebooks
-import stentor_card
-import stentor_data
-import stentor_recipes
+import stentor.card.facts
+import stentor.commands
+import stentor.launch
+import stentor.notebooks
+import stentor.parameters
+import stentor.publish
+import stentor.results
+import stentor.secrets
+import stentor.session
+import stentor.tokenizer
 import stentor_utils as su
+import torch
 
 
 def settled(value, rule):
@@ -62,7 +69,7 @@ def test_a_run_json_with_bad_values_is_refused_in_a_sentence(tiny, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe, "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     with pytest.raises(su.ParameterError, match=r"token_budget = 1\.5 must be a whole number above 0"):
-        su.train_from_file(tmp_path / "run.json")
+        stentor.launch.train_from_file(tmp_path / "run.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
 
 
@@ -128,7 +135,7 @@ def test_a_check_of_a_folder_creates_nothing(tmp_path):
 @pytest.mark.parametrize("notebook", ["01_tokenizer", "02_pretrain_t4", "03_pretrain_tpu", "06_charts"])
 def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
     wrong = {"01_tokenizer": "SEED=-1", "06_charts": "WATTS=-1"}.get(notebook, "SEED=1.5")
-    done = subprocess.run([sys.executable, "run_notebooks.py", "run", notebook, "-p", "PROFILE=cpu", "RUN=refused",
+    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", notebook, "-p", "PROFILE=cpu", "RUN=refused",
                            f"OUTPUTS={tmp_path}", wrong], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and wrong.replace("=", " = ") in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -137,7 +144,7 @@ def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
 @pytest.mark.parametrize("run, said", [("empty", "holds no run"), ("..", "plain name"), ("gone", "is not in")])
 def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
     (tmp_path / "empty" / "notebooks").mkdir(parents=True)
-    done = subprocess.run([sys.executable, "run_notebooks.py", "run", "06_charts", "-p", f"RUN={run}", f"OUTPUTS={tmp_path}"],
+    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", f"RUN={run}", f"OUTPUTS={tmp_path}"],
                           cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notebooks"]
@@ -150,13 +157,13 @@ def test_one_session_clock_for_every_notebook(monkeypatch):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     assert su.session_end(None, "t4") is None and su.hours_left(None) is None
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    start = su.session_start()
+    start = stentor.parameters.session_start()
     settled(1, int)                                   # checking again begins no new session
-    assert su.session_start() == start
+    assert stentor.parameters.session_start() == start
     assert su.session_end(None, "t4") == start + 11.5 * 3600 and su.session_end(None, "tpu") == start + 8.5 * 3600
     assert su.session_end(2, "tpu") == start + 7200
     now = time.monotonic()
-    monkeypatch.setattr(stentor_recipes.time, "time", lambda: 0)       # a clock that somebody set back
+    monkeypatch.setattr(stentor.parameters.time, "time", lambda: 0)       # a clock that somebody set back
     left = su.hours_left(now + 3600)
     assert 0.9 < left <= 1 and su.hours_left(now - 3600) > 0
     for notebook in ("02_pretrain_t4", "03_pretrain_tpu", "04_instruct_sft"):
@@ -170,7 +177,7 @@ def test_a_training_process_that_starts_late_has_less_time(tiny, tmp_path, monke
     (tmp_path / "run.json").write_text(json.dumps({
         "recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir), "tokenizer": str(tiny.tokenizer_dir),
         "deadline_hours": 10}))
-    assert su.train_from_file(tmp_path / "run.json")["stopped"] == "deadline"
+    assert stentor.launch.train_from_file(tmp_path / "run.json")["stopped"] == "deadline"
 
 
 # --- the tokenizer and its recipe
@@ -190,7 +197,7 @@ def test_a_tokenizer_that_does_not_belong_is_refused_or_said(tiny):
     assert su.fit_to_tokenizer(twin, tiny.tokenizer, said.append).shape.vocab_size == size
     assert len(said) == 1 and "1,377,408" in said[0]
     bpe = dataclasses.replace(su.RECIPES["stentor-12m"], shape=dataclasses.replace(recipe.shape, vocab_size=size))
-    assert "TokenMonster" in su.tokenizer_misfit(bpe, tiny.tokenizer)
+    assert "TokenMonster" in stentor.tokenizer.tokenizer_misfit(bpe, tiny.tokenizer)
 
     class Large(list):
         vocabulary = None
@@ -228,8 +235,8 @@ def test_a_run_finds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_the_cpu_twin_is_said_once(capsys, monkeypatch):
-    monkeypatch.setattr(su.torch.cuda, "device_count", lambda: 0)
-    su.say_cpu_twin.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    stentor.session.say_cpu_twin.cache_clear()
     assert [su.find_profile("auto") for _ in range(2)] == ["cpu", "cpu"]
     shown = capsys.readouterr().out
     assert shown.count("CPU twin") == 1 and "PROFILE = 't4'" in shown and len(shown.splitlines()) == 1
@@ -249,7 +256,7 @@ def test_the_cpu_twin_is_said_once(capsys, monkeypatch):
     ("{'a': (1, {'b': (2,)})}", "dict", False, {"a": [1, {"b": [2]}]}), ('{"a": null}', "dict", False, {"a": None}),
     ("Don't \"x\" $HOME #1 \\n", "str", True, "Don't \"x\" $HOME #1 \\n")])
 def test_a_value_arrives_as_it_was_typed(typed, kind, optional, value):
-    found = run_notebooks.read_value(typed, kind, optional)
+    found = stentor.notebooks.read_value(typed, kind, optional)
     assert (type(found), found) == (type(value), value)
 
 
@@ -269,16 +276,16 @@ def test_make_passes_on_what_was_typed(tmp_path):
     arguments, exported = json.loads(done.stdout)
     assert sorted(arguments[arguments.index("PROFILE=cpu") + 1:]) == sorted(given) and not exported, done.stderr
     done = subprocess.run(["make", "-s", "run-seeds", "SEEDS=7 8", "RUN=x"], cwd=tmp_path, capture_output=True, text=True)
-    assert json.loads(done.stdout)[0] == ["run_notebooks.py", "seeds", "7 8", "-p", "RUN=x"]
+    assert json.loads(done.stdout)[0] == ["-m", "stentor_utils", "seeds", "7 8", "-p", "RUN=x"]
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_every_parameter_has_a_type_and_papermill_brings_it_unchanged(path):
     import nbformat
     from papermill.translators import PythonTranslator
-    kinds, defaults = run_notebooks.parameter_kinds(path), run_notebooks.notebook_parameters(path)
+    kinds, defaults = stentor.notebooks.parameter_kinds(path), stentor.notebooks.notebook_parameters(path)
     assert kinds.keys() == defaults.keys() and "NoneType" not in kinds.values()
-    given = {name: run_notebooks.read_value({"str": "Don't \"$x\" \\ 🙂 007", "int": "1e3", "bool": "true", "float": "0.5"}.get(
+    given = {name: stentor.notebooks.read_value({"str": "Don't \"$x\" \\ 🙂 007", "int": "1e3", "bool": "true", "float": "0.5"}.get(
         kind, "{'a': (1,)}" if kind == "dict" else "a,b"), kind, False) for name, kind in kinds.items()}
     namespace = {}
     exec(PythonTranslator.codify(given), namespace)
@@ -302,7 +309,7 @@ def make_run(folder, seed, loss, **more):
 
 def test_results_are_a_spread_over_the_runs_that_differ_in_seed_or_machine_only(tmp_path, capsys):
     make_run(tmp_path / "demo", 42, 3.4)
-    run_notebooks.print_summary(tmp_path / "demo")
+    stentor.commands.print_summary(tmp_path / "demo")
     shown = capsys.readouterr().out
     assert "1.7000 (one draw)" in shown and "make run-seeds SEEDS=" in shown and "That is one draw" in shown
     make_run(tmp_path / "demo-seed43", 43, 3.0)
@@ -311,7 +318,7 @@ def test_results_are_a_spread_over_the_runs_that_differ_in_seed_or_machine_only(
     make_run(tmp_path / "another-recipe", 44, 1.0, learning_rate=1e-3)
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / "summary.json").write_text('{"stopped": "deadline"}')
-    run_notebooks.print_summary(tmp_path / "demo")
+    stentor.commands.print_summary(tmp_path / "demo")
     shown = capsys.readouterr().out
     assert "1.7000 (1.5000 to 1.9000, n = 3)" in shown and "one draw" not in shown
     assert all(part in shown for part in ("seed 42 (demo) 1.7000", "seed 43 (demo-seed43) 1.5000", "(other-machine) 1.9000"))
@@ -321,11 +328,11 @@ def test_more_seeds_are_asked_of_an_ended_run_only(tmp_path):
     for given, said in (({"RUN": "none", "OUTPUTS": str(tmp_path)}, "has not ended in"),
                         ({"LEARNING_RATE": "1"}, "is RUN's own"), ({"RUN": "../x"}, "must be a plain name")):
         with pytest.raises(su.ParameterError, match=said):
-            run_notebooks.run_seeds([42], given)
+            stentor.results.run_seeds([42], given)
     for words, said in ((["1,1"], "twice"), (["x"], "whole number"), ([""], "whole number")):
         with pytest.raises(su.ParameterError, match=said):
-            run_notebooks.read_seeds(words)
-    assert run_notebooks.read_seeds(["42", "43,44", "1e1"]) == [42, 43, 44, 10]
+            stentor.commands.read_seeds(words)
+    assert stentor.commands.read_seeds(["42", "43,44", "1e1"]) == [42, 43, 44, 10]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,8 +345,8 @@ def test_a_run_that_cannot_be_written_to_is_copied_beside(tmp_path, monkeypatch)
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("{}")
     assert su.writable_run(source) == source
-    monkeypatch.setattr(su, "writable_folder", lambda path: "is read-only" if Path(path) == source else None)
-    monkeypatch.setattr(su, "find_outputs", lambda outputs: tmp_path / "work" / outputs)
+    monkeypatch.setattr(stentor.session, "writable_folder", lambda path: "is read-only" if Path(path) == source else None)
+    monkeypatch.setattr(stentor.session, "find_outputs", lambda outputs: tmp_path / "work" / outputs)
     for file in source.rglob("*"):
         file.chmod(0o555 if file.is_dir() else 0o444)
     said = []
@@ -392,13 +399,13 @@ SAMPLES = {
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_each_kind_of_secret_is_known_everywhere(kind, tmp_path):
     secret = SAMPLES[kind]
-    shown = su.redact(f"before {secret} after")
+    shown = stentor.secrets.redact(f"before {secret} after")
     assert "[secret]" in shown and PART[:12] not in shown and "0af1" not in shown and "0f0f" not in shown
     assert "ABCD2345" not in shown and shown.startswith("before ")
-    assert su.secret_problems(SYSTEM=f"say {secret}") and secret not in str(su.secret_problems(SYSTEM=secret))
+    assert stentor.secrets.secret_problems(SYSTEM=f"say {secret}") and secret not in str(stentor.secrets.secret_problems(SYSTEM=secret))
     (tmp_path / "text.md").write_text(f"# é🙂\n{secret}\n")
     (tmp_path / "weights.safetensors").write_bytes(b"\xff\xfe\x00" + secret.encode() + b"\x00\xff")
-    found = stentor_card.find_secrets(sorted(tmp_path.iterdir()))
+    found = stentor.publish.find_secrets(sorted(tmp_path.iterdir()))
     assert {line.partition(":")[0] for line in found} == {"text.md", "weights.safetensors"} and PART[:12] not in str(found)
     import lint
     assert any("text.md" in line for line in lint.problems(tmp_path))
@@ -409,20 +416,20 @@ def test_each_kind_of_secret_is_known_everywhere(kind, tmp_path):
     "a sk-learn-like-thing-that-is-long", "https://huggingface.co/a@b", "8401fe609d288129cc684a9b3be6a93e41cfe678",
     "Bearer certificates of deposit", "https://x.y/?token_budget=5&key=1", '"eos_token": "<|endoftext|>"', "http://a:80/x@y"])
 def test_what_is_no_secret_is_left(text):
-    assert su.redact(text) == text and not stentor_data.secret_kinds(text) and not su.secret_problems(A=text)
+    assert stentor.secrets.redact(text) == text and not stentor.secrets.secret_kinds(text) and not stentor.secrets.secret_problems(A=text)
 
 
 def test_parameters_in_the_environment_are_no_secrets(monkeypatch):
     monkeypatch.setenv("TOKEN_BUDGET", "10000000")
     monkeypatch.setenv("TOKENIZER", "outputs/demo/tokenizer")
     monkeypatch.setenv("DB_PASSWORD", "correct horse battery")
-    assert not su.secret_problems(TOKEN_BUDGET=10_000_000, TOKENIZER="outputs/demo/tokenizer")
-    assert su.redact("it is correct horse battery") == "it is [secret]"
+    assert not stentor.secrets.secret_problems(TOKEN_BUDGET=10_000_000, TOKENIZER="outputs/demo/tokenizer")
+    assert stentor.secrets.redact("it is correct horse battery") == "it is [secret]"
 
 
 @pytest.mark.parametrize("text", ["a 🙂: 'x' \"y\" # z", "\x07bell", "line\nbreak\r\x85\u2028", "null",
                                   "1e3", "- a: b", "\\", "---", ""])
 def test_any_text_in_a_cards_front_matter_is_read_back(text):
     from huggingface_hub import ModelCard
-    card = f"---\nlicense: mit\nmodel_name: {stentor_card.yaml_text(text)}\n---\n# x\n"
+    card = f"---\nlicense: mit\nmodel_name: {stentor.card.facts.yaml_text(text)}\n---\n# x\n"
     assert ModelCard(card).data.to_dict()["model_name"] == text

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
+import stentor.precision
 import stentor_utils as su
 
 HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -76,12 +77,12 @@ def test_counts_of_the_cards(attention, options, counts):
     report = su.apply_precision_recipe(model, fp32_norms=True, **options)
     names = ("int8_linear_modules", "fp32_critical_layers", "fp32_norm_modules", "fp32_softmax_modules")
     assert tuple(report[name] for name in names) == counts
-    kinds = (su.Int8Linear, su.FP32Layer, su.FP32Norm, su.FP32SoftmaxAttention)
+    kinds = (stentor.precision.Int8Linear, stentor.precision.FP32Layer, stentor.precision.FP32Norm, stentor.precision.FP32SoftmaxAttention)
     assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds) == counts
     critical = options["fp32_critical_layers"]
-    assert {i for i, layer in enumerate(model.model.layers) if isinstance(layer, su.FP32Layer)} == critical
+    assert {i for i, layer in enumerate(model.model.layers) if isinstance(layer, stentor.precision.FP32Layer)} == critical
     for i, layer in enumerate(model.model.layers):
-        int8 = sum(isinstance(m, su.Int8Linear) for m in layer.modules())
+        int8 = sum(isinstance(m, stentor.precision.Int8Linear) for m in layer.modules())
         assert int8 == (7 if counts[0] and i not in critical else 0)
     assert any("skipped" in note for note in report["notes"]) == ("fp32_softmax" in options and attention == "sdpa")
     assert {k: v.data_ptr() for k, v in model.state_dict().items()} == before  # same names, same storage, tie included
@@ -117,7 +118,7 @@ def test_errors_name_the_value_and_the_way_out():
 def int8_linear(training, inputs=256, outputs=64, batch=128):
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=False).train(training)
-    linear.__class__ = su.Int8Linear
+    linear.__class__ = stentor.precision.Int8Linear
     return linear, torch.randn(batch, inputs)
 
 
@@ -148,7 +149,7 @@ def test_int8_gradient_is_the_straight_through_one(training):
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     out.backward(g)
     torch.manual_seed(7)  # the same rounding, seen from outside
-    (xq, xs), (wq, ws) = su._int8_codes(x.detach(), training), su._int8_codes(linear.weight.detach(), training)
+    (xq, xs), (wq, ws) = stentor.precision._int8_codes(x.detach(), training), stentor.precision._int8_codes(linear.weight.detach(), training)
     xq, wq = xq * xs, wq * ws
     assert torch.equal(out, F.linear(xq, wq))
     assert torch.equal(x.grad, g @ wq)
@@ -161,17 +162,17 @@ def test_int8_gradient_is_the_straight_through_one(training):
 
 def test_int8_nearest_codes_follow_the_formula():
     x = torch.cat([torch.randn(5, 33) * 10.0 ** torch.arange(-2, 3)[:, None], torch.zeros(1, 33)])
-    codes, scales = su._int8_codes(x, False)
+    codes, scales = stentor.precision._int8_codes(x, False)
     assert torch.equal(scales, scale(x))
     assert torch.equal(codes, torch.round(x / scale(x)).clamp(-127, 127).to(torch.int8))
-    assert torch.equal(codes, su._int8_codes(x, False)[0])
+    assert torch.equal(codes, stentor.precision._int8_codes(x, False)[0])
 
 
 def test_stochastic_rounding_is_unbiased():
     torch.manual_seed(0)
     values = torch.tensor([127.0, -127, 0, 3, 0.02, 0.25, 0.5, 0.9, -0.1, -41.5, 100.75])  # scale 1: code = value
     draws = 40_000
-    codes, scales = su._int8_codes(values.repeat(draws, 1), True)
+    codes, scales = stentor.precision._int8_codes(values.repeat(draws, 1), True)
     assert torch.allclose(scales, torch.ones(1))
     codes = codes.float()
     assert ((codes == values.floor()) | (codes == values.ceil())).all()

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import torch
 from conftest import REPO
 
 import lint
-import stentor_data
+import stentor.engine
+import stentor.secrets
+import stentor.tokens
 import stentor_utils as su
 
 
@@ -105,9 +108,9 @@ def test_a_save_cut_between_two_calls_loses_nothing(tmp_path, monkeypatch, insta
             os.unlink(Path(path) / name)
         raise Killed
     with monkeypatch.context() as patch:
-        patch.setattr(su.os, "rename", dying_rename)
+        patch.setattr(os, "rename", dying_rename)
         if instant == "while deleting":
-            patch.setattr(su.shutil, "rmtree", dying_rmtree)
+            patch.setattr(shutil, "rmtree", dying_rmtree)
         with pytest.raises(Killed):
             su.save_checkpoint(tmp_path, 8, tensors, {"evaluated": True})
     said = []
@@ -128,14 +131,16 @@ def test_the_crash_of_one_of_two_processes_restarts_both_from_the_checkpoint(tin
 import os, signal, time
 attempt, killed = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("KILLED")
 if killed and attempt == "0" and os.environ["RANK"] == "1":
-    import stentor_data
-    batch = stentor_data.TokenStore.batch
+    import stentor.engine
+    import stentor.secrets
+    import stentor.tokens
+    batch = stentor.tokens.TokenStore.batch
     def last_batch(self, step):
         if step == 6:
             os.close(os.open(killed, os.O_CREAT | os.O_EXCL))
             os.kill(os.getpid(), signal.SIGKILL)
         return batch(self, step)
-    stentor_data.TokenStore.batch = last_batch
+    stentor.tokens.TokenStore.batch = last_batch
 if attempt == "1" and os.environ["RANK"] == "1":
     time.sleep(4)
 """)
@@ -250,7 +255,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tiny, tmp_path):
 def test_a_signal_in_a_step_in_the_wait_for_data_and_in_an_evaluation(tiny, micro, tmp_path, monkeypatch, number, code):
     """Nothing is lost, neither evaluation nor data is waited for, the lock and the handlers are given back."""
     train(tiny, micro, tmp_path / "alone", store=Wrapped(tiny, micro, lambda step, batch: batch))
-    accumulate = su.accumulate_gradients
+    accumulate = stentor.engine.accumulate_gradients
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     for phase, saved in (("step", 7), ("data", 6), ("evaluation", 4)):
         folder, reached, now = tmp_path / phase, [], []
@@ -261,7 +266,7 @@ def test_a_signal_in_a_step_in_the_wait_for_data_and_in_an_evaluation(tiny, micr
                 reached.append(6)
                 os.kill(os.getpid(), number)
             return loss
-        monkeypatch.setattr(su, "accumulate_gradients", in_the_step)
+        monkeypatch.setattr(stentor.engine, "accumulate_gradients", in_the_step)
 
         class Store(Wrapped):
             def batch(self, step):
@@ -343,9 +348,9 @@ def test_exit_codes_before_the_loop(tiny, micro, tmp_path, number, code):
     """A signal while the process still builds its model: the documented exit code, nothing half-written."""
     (tmp_path / "run.json").write_text(json.dumps({"recipe": micro.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
-    script = ("import os, sys, stentor_utils as su\nbuild = su.build_model\n"
-              f"su.build_model = lambda *a, **k: (os.kill(os.getpid(), {int(number)}), build(*a, **k))[1]\n"
-              "sys.exit(su.main(['train', sys.argv[1]]))")
+    script = ("import os, sys, stentor.commands, stentor.train as loop\nbuild = loop.build_model\n"
+              f"loop.build_model = lambda *a, **k: (os.kill(os.getpid(), {int(number)}), build(*a, **k))[1]\n"
+              "sys.exit(stentor.commands.main(['train', sys.argv[1]]))")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.json")], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-1000:]
     assert not (tmp_path / "checkpoints").exists()
@@ -383,8 +388,8 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
     def slow_save(*args):
         spend("save")
         return save(*args)
-    monkeypatch.setattr(su, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime, time_ns=time.time_ns))
-    monkeypatch.setattr(su, "save_checkpoint", slow_save)
+    monkeypatch.setattr(stentor.train, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime, time_ns=time.time_ns))
+    monkeypatch.setattr(stentor.train, "save_checkpoint", slow_save)
     stops, trained, margins = 0, 0, []
     recipe = dataclasses.replace(micro, token_budget=32 * 4 * 16, save_every_minutes=4, logging_steps=100, eval_steps=16,
                                  best_eval_steps=16)
@@ -469,7 +474,7 @@ def poison(monkeypatch, bad_steps: dict):
         model = build(*args, **kwargs)
         model.model.norm.weight.register_hook(lambda grad: grad * bad_steps.get(now[0], 1.0))
         return model
-    monkeypatch.setattr(su, "build_model", build_poisoned)
+    monkeypatch.setattr(stentor.train, "build_model", build_poisoned)
 
     def at(step, batch):
         now[0] = step
@@ -810,11 +815,11 @@ CANARY = "Canary7Canary7Canary7Canary7"
 HF = "hf_" + CANARY
 PLACES = {"an error in a list": lambda: str(su.ParameterError([f"no such token {HF}"])),
           "the rendering of that error": lambda: "".join(su.ParameterError([HF])._render_traceback_()),
-          "a URL with a password": lambda: su.redact(f"GET https://me:{CANARY}@host/x failed"),
-          "a signed URL": lambda: su.redact(f"https://cdn/x?Signature={CANARY}&Expires=1"),
-          "a header": lambda: su.redact(f"{{'authorization': 'Bearer {CANARY}'}}"),
-          "the value of HF_TOKEN": lambda: su.redact(f"token {os.environ['HF_TOKEN']} is invalid"),
-          "the value of KAGGLE_KEY": lambda: su.redact(f"key={os.environ['KAGGLE_KEY']}"),
+          "a URL with a password": lambda: stentor.secrets.redact(f"GET https://me:{CANARY}@host/x failed"),
+          "a signed URL": lambda: stentor.secrets.redact(f"https://cdn/x?Signature={CANARY}&Expires=1"),
+          "a header": lambda: stentor.secrets.redact(f"{{'authorization': 'Bearer {CANARY}'}}"),
+          "the value of HF_TOKEN": lambda: stentor.secrets.redact(f"token {os.environ['HF_TOKEN']} is invalid"),
+          "the value of KAGGLE_KEY": lambda: stentor.secrets.redact(f"key={os.environ['KAGGLE_KEY']}"),
           "a file of the environment": lambda: json.dumps(su.environment()),
           "a recipe's source": lambda: "\n".join(dataclasses.replace(su.RECIPES["stentor-12m"], sources=(
               su.Source("x", f"https://u:{CANARY}@h/d"),)).problems()),
@@ -846,7 +851,7 @@ def test_no_secret_in_anything_a_run_writes(tiny, micro, tmp_path, monkeypatch, 
     canaries = {name: f"{name}-{CANARY}" for name in names} | {"parameter": HF}
     for name in names:
         monkeypatch.setenv(name, canaries[name])
-    monkeypatch.setattr(stentor_data, "print", print, raising=False)
+    monkeypatch.setattr(stentor.tokens, "print", print, raising=False)
     log = []
     outputs = tmp_path / "outputs"
     # 1. a run that ends well
@@ -863,7 +868,7 @@ def test_no_secret_in_anything_a_run_writes(tiny, micro, tmp_path, monkeypatch, 
     # 3. parameters that would be kept in clear are refused before anything is written, by launch and by the runner
     with pytest.raises(su.ParameterError, match="tokenizer_dir holds what looks like a secret"):
         su.launch(micro, tiny.store_dir, f"https://u:{HF}@host/tokenizer", outputs / "refused", say=log.append)
-    done = subprocess.run([sys.executable, "run_notebooks.py", "run", "02_pretrain_t4", "-p", f"TOKENIZER=https://u:{HF}@host/t",
+    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "02_pretrain_t4", "-p", f"TOKENIZER=https://u:{HF}@host/t",
                            f"OUTPUTS={outputs}", "RUN=nb"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and "TOKENIZER holds what looks like a secret" in done.stderr
     shown = "\n".join([*log, str(failed.value), done.stdout, done.stderr, *capfd.readouterr()])

@@ -14,7 +14,11 @@ import pytest
 from conftest import REPO
 from hub_server import HubServer
 
-import stentor_card
+import stentor.card.check
+import stentor.commands
+import stentor.folders
+import stentor.launch
+import stentor.metrics
 import stentor_utils as su
 
 
@@ -106,20 +110,20 @@ def test_a_refused_run_with_workers_starts_none(tiny, micro, run, monkeypatch):
         "recipe": dataclasses.replace(micro, seed=9).to_dict(), "fill": {"shard_tokens": 2560}}))
     before = content(run)
     with pytest.raises(su.CheckpointError, match="seed is 42 in the checkpoint, 9 in this run"):
-        su.train_from_file(run / "run.json")
+        stentor.launch.train_from_file(run / "run.json")
     assert content(run) == before                     # neither logs of workers nor a store
 
 
 def test_a_card_is_held_against_the_checkpoint(micro, run):
     """What a refused launch of an earlier version left behind: run.json with values that nobody trained with."""
     su.write_model_card(run)
-    assert stentor_card.check_model_card(run) == []
+    assert stentor.card.check.check_model_card(run) == []
     described = json.loads((run / "run.json").read_text())
     described["recipe"] = dataclasses.replace(micro, learning_rate=1e-3, seed=5).to_dict()
     (run / "run.json").write_text(json.dumps(described))
     with pytest.raises(su.ParameterError, match="learning_rate is 0.004 in the checkpoint, 0.001 in this run; seed is 42"):
         su.write_model_card(run)
-    assert any("run.json is not of the run that was trained" in problem for problem in stentor_card.check_model_card(run))
+    assert any("run.json is not of the run that was trained" in problem for problem in stentor.card.check.check_model_card(run))
 
 
 def test_a_card_is_held_against_the_tokenizer_of_the_tokens(tiny, run):
@@ -128,7 +132,7 @@ def test_a_card_is_held_against_the_tokenizer_of_the_tokens(tiny, run):
     su.write_model_card(run)
     other = tm.TokenMonsterTokenizer.from_vocabulary(tm.Vocabulary.from_tokens([b" the"], capcode=0, include="all256"))
     other.save_pretrained(run / "tokenizer")          # 01 again, in the folder of a finished run
-    assert any(problem.startswith("tokenizer/ holds the tokenizer") for problem in stentor_card.check_model_card(run))
+    assert any(problem.startswith("tokenizer/ holds the tokenizer") for problem in stentor.card.check.check_model_card(run))
 
 
 # --- a run folder that was copied, linked, or begun from a hub name
@@ -146,21 +150,21 @@ def test_a_copied_run_goes_on_by_the_command_line(tiny, micro, tmp_path):
     weights = (tmp_path / "real" / "final" / "model.safetensors").read_bytes()
     copied = tmp_path / "x" / "y" / "z" / "run"
     shutil.copytree(tmp_path / "real", copied)
-    su.train_from_file(copied / "run.json")
+    stentor.launch.train_from_file(copied / "run.json")
     assert (copied / "final" / "model.safetensors").read_bytes() == weights
     shutil.move(tmp_path / "tokens", copied / "tokens")
     shutil.move(tmp_path / "words", tmp_path / "words-away")
-    su.train_from_file(copied / "run.json")           # the tokenizer of its own final/
+    stentor.launch.train_from_file(copied / "run.json")           # the tokenizer of its own final/
     shutil.rmtree(copied / "tokens")
     with pytest.raises(su.ParameterError, match="names the store .*tokens, and there is none") as caught:
-        su.train_from_file(copied / "run.json")
+        stentor.launch.train_from_file(copied / "run.json")
     assert "Repo id" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"recipe": {"shape": 3}}', '{"recipe": {}}'])
 def test_a_run_json_that_describes_none_is_refused_in_a_sentence(tmp_path, text, capfd):
     (tmp_path / "run.json").write_text(text)
-    assert su.main(["train", str(tmp_path / "run.json")]) == 2
+    assert stentor.commands.main(["train", str(tmp_path / "run.json")]) == 2
     said = capfd.readouterr().err
     assert "cannot be read as a run" in said and "Traceback" not in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -170,17 +174,17 @@ FROM_THE_HUB = """
 import dataclasses, json, sys
 from pathlib import Path
 import stentor_utils as su
-import stentor_eval, torch
+import stentor.benchmark.run, torch
 finished, run = map(Path, sys.argv[1:])
 recipe = su.Recipe.from_dict(json.loads((finished / "run.json").read_text())["recipe"])
 su.launch(recipe, run / "tokens", "hf:me/words", run, say=lambda text: None, fill={"shard_tokens": 2560})
 assert json.loads((run / "run.json").read_text())["tokenizer"] == "hf:me/words"
-su.train_from_file(run / "run.json")
+stentor.launch.train_from_file(run / "run.json")
 own = su.load_model(finished / "final").state_dict()
-for model in (su.load_model("hf:me/model"), stentor_eval.load_model("hf:me/model", "float32", torch.device("cpu"))[0]):
+for model in (su.load_model("hf:me/model"), stentor.folders.load_model("hf:me/model", "float32", torch.device("cpu"))[0]):
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
 assert not model.generation_config.do_sample and model.generation_config.repetition_penalty in (None, 1.0)     # the protocol's
-for load in (su.load_model, lambda name: stentor_eval.load_model(name, "float32", torch.device("cpu"))):
+for load in (su.load_model, lambda name: stentor.folders.load_model(name, "float32", torch.device("cpu"))):
     try:
         load("hf:me/broken")
         raise SystemExit("weights that are missing were made up")
@@ -311,7 +315,7 @@ def test_a_damaged_metrics_file_is_said_and_the_run_goes_on(tiny, micro, own, da
     train(tiny, micro, own, say=said.append)
     assert any(f"{lost} of the {len(lines)} rows that the checkpoint counts are broken or gone" in line for line in said), said
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [row for row in map(su.Metrics.row_of, lines) if row in rows] and len(rows) == len(lines) - lost
+    assert rows == [row for row in map(stentor.metrics.Metrics.row_of, lines) if row in rows] and len(rows) == len(lines) - lost
     aside = list(own.glob("bad-metrics-*"))
     assert [file.read_bytes() for file in aside] == [damaged] * (damage != "gone")
     said.clear()
@@ -333,7 +337,7 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_them(tiny, micro
         assert rows == state["metrics_lines"] and calls[-1] == "metrics.jsonl", calls[-3:]
         return save(run_dir, step, tensors, state, keep)
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(su, "save_checkpoint", saved)
+    monkeypatch.setattr(stentor.train, "save_checkpoint", saved)
     train(tiny, micro, tmp_path)
 
 

@@ -17,6 +17,8 @@ from conftest import REPO
 from hub_server import HubServer
 from notebook_functions import load_functions
 
+import stentor.checkpoints
+import stentor.optimizers
 import stentor_utils as su
 
 F = load_functions("04_instruct_sft")
@@ -421,11 +423,11 @@ def test_the_average_of_weights_is_the_formulas():
     parameter, average = torch.nn.Parameter(torch.ones(1)), torch.zeros(1)
     expected = 0.0
     for update in range(50):
-        su.update_ema([average], [parameter], 0.9, update)
+        stentor.optimizers.update_ema([average], [parameter], 0.9, update)
         decay = min(0.9, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay)
     assert average.item() == pytest.approx(expected, rel=1e-5)
-    with su.weights_swapped([parameter], [average]):
+    with stentor.optimizers.weights_swapped([parameter], [average]):
         assert parameter.item() == pytest.approx(expected, rel=1e-5)
     assert parameter.item() == 1
 
@@ -593,7 +595,7 @@ def test_without_bitsandbytes_adamw_stands_in_and_says_so(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)         # as where it is not installed
     model, said = su.build_model(tiny.recipe.shape), []
     groups = su.parameter_groups(model, 0.1)
-    optimizer = su.make_optimizer(PUBLISHED, groups, torch.device("cuda"), said.append)
+    optimizer = stentor.optimizers.make_optimizer(PUBLISHED, groups, torch.device("cuda"), said.append)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["eps"] == PUBLISHED.adam_epsilon
     assert len(said) == 1 and "stands in for paged_adamw_32bit; bitsandbytes cannot be used here" in said[0]
 
@@ -605,15 +607,15 @@ def test_a_state_of_bitsandbytes_goes_on_in_adamw_and_back(tiny):
     adamw = torch.optim.AdamW(model.parameters())
     model(**{key: torch.arange(8)[None] for key in ("input_ids", "labels")}).loss.backward()
     adamw.step()
-    tensors = su.checkpoint_tensors(model, adamw, names)
+    tensors = stentor.checkpoints.checkpoint_tensors(model, adamw, names)
     renamed = {key.replace("exp_avg_sq", "state2").replace("exp_avg", "state1"): v for key, v in tensors["optimizer"].items()}
     again = torch.optim.AdamW(model.parameters())
-    su.restore(model, again, names, {**tensors, "optimizer": renamed})
+    stentor.checkpoints.restore(model, again, names, {**tensors, "optimizer": renamed})
     for parameter, state in adamw.state.items():
         assert state.keys() == again.state[parameter].keys()
         assert all(torch.equal(value, again.state[parameter][key]) for key, value in state.items())
     other = torch.optim.SGD(model.parameters())        # any that is not torch's AdamW gets bitsandbytes' names
-    su.restore(model, other, names, tensors)
+    stentor.checkpoints.restore(model, other, names, tensors)
     assert all(set(state) == {"step", "state1", "state2"} and state["step"] == 1 for state in other.state.values())
 
 

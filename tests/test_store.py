@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import stentor_data
+import stentor.files
+import stentor.tokenizer
 import stentor_utils as su
 
 
@@ -60,13 +61,13 @@ def test_an_interrupted_store_goes_on_to_the_same_bytes(tiny, tmp_path):
                 raise Stop
             left[0] -= 1
             original(path, data)
-        stentor_data.write_atomically = dying
+        stentor.files.write_atomically = dying
         try:
             with pytest.raises(Stop):
                 su.prepare_tokens([tiny.source], tiny.tokenizer, resumed, tokens_per_source={"topics": 90_000},
                                   validation_documents=4, shard_tokens=9_000)
         finally:
-            stentor_data.write_atomically = original
+            stentor.files.write_atomically = original
     su.prepare_tokens([tiny.source], tiny.tokenizer, resumed, tokens_per_source={"topics": 90_000},
                       validation_documents=4, shard_tokens=9_000)
     a, b = (json.loads((folder / "manifest.json").read_text()) for folder in (whole, resumed))
@@ -149,7 +150,7 @@ def test_a_store_knows_the_eos_it_was_made_with(tiny):
         su.train(tiny.recipe, su.TokenStore(tiny.store_dir, tiny.recipe), tiny.folder / "other-eos", tokenizer=other)
     no_end = wide_tokenizer("fast", 100)
     no_end.eos_token = None
-    assert "no EOS" in su.store_problems(no_end)[0]
+    assert "no EOS" in stentor.tokenizer.store_problems(no_end)[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"vocab": 3}}', '{"added_tokens": [{"content": "a"}]}', "{}"])

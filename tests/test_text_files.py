@@ -16,7 +16,8 @@ import pytest
 from conftest import REPO
 from hub_server import HubServer
 
-import stentor_data
+import stentor.formats
+import stentor.growing
 import stentor_utils as su
 
 TEXTS = [f"Document {i}, said \"{i}\":\nits second line\u2028not a third\u0085nor a fourth\x0cé \U0001f600" for i in range(25)]
@@ -346,7 +347,7 @@ def test_workers_keep_each_others_validation_out_too(tiny, tmp_path):
     recipe = dataclasses.replace(tiny.recipe, sources=tuple(su.Source(name, str(tmp_path / f"{name}.jsonl"), 0.5)
                                                             for name in ("a", "b")))
     for name in ("a", "b"):
-        su.fill_source(dataclasses.replace(recipe, token_budget=10 ** 6), tiny.tokenizer, tmp_path / "store", name,
+        stentor.growing.fill_source(dataclasses.replace(recipe, token_budget=10 ** 6), tiny.tokenizer, tmp_path / "store", name,
                        shard_tokens=6400)
         texts, entry = stored(tiny, tmp_path / "store" / name, name)
         assert {text.strip() for text in texts} == {more[0].strip()} and entry["documents"] == len(texts) == 20
@@ -391,10 +392,10 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
 
 
 def test_one_endless_line_or_document_is_skipped_without_being_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(stentor_data, "_LONGEST_ROW", 3 << 20)
+    monkeypatch.setattr(stentor.formats, "_LONGEST_ROW", 3 << 20)
     many = ["y" * (1 << 19)] * 20                      # one line, longer than any document
     (tmp_path / "docs.txt").write_text("<|endoftext|>".join(["a", "x" * (9 << 20), *many]))
-    assert good(tmp_path / "docs.txt") == (["a", *many], {stentor_data._TOO_LONG.reason: 1})
+    assert good(tmp_path / "docs.txt") == (["a", *many], {stentor.formats._TOO_LONG.reason: 1})
     endless = "x" * (9 << 20)
     for kind in (".jsonl", ".txt"):
         (tmp_path / f"docs{kind}").write_bytes(written(kind, ["a", endless, "b"]))

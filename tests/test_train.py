@@ -238,6 +238,7 @@ def test_an_infinite_gradient_on_one_process_skips_the_step_on_all(tiny, tmp_pat
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
 import os, sys, torch
+import stentor.commands
 import stentor_utils as su
 calls, build = [0], su.build_model
 def poisoned_model(*args, **kwargs):
@@ -248,7 +249,7 @@ def poisoned_model(*args, **kwargs):
     model.model.norm.weight.register_hook(hook)
     return model
 su.build_model = poisoned_model
-sys.exit(su.main(["train", sys.argv[1]]))
+sys.exit(stentor.commands.main(["train", sys.argv[1]]))
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(tmp_path / "poisoned.py"), str(tmp_path / "run.json")], capture_output=True, text=True)

@@ -29,7 +29,7 @@ def export(name: str) -> None:
     import torch_xla.core.xla_model as xm
 
     import stentor_utils as su
-    from stentor_xla import XlaEngine
+    from stentor.xla import XlaEngine
     recipe_name, _, micro = name.partition("@")
     recipe = su.RECIPES[recipe_name] if recipe_name != "tiny" else su.RECIPES["stentor3-20m"].scaled_to("cpu")
     if recipe_name == "tiny":

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import run_notebooks  # noqa: E402
+import stentor.notebooks  # noqa: E402
 import stentor_utils as su  # noqa: E402
 
 KINDS = {"BPE": ("bpe", "stentor-12m"), "TokenMonster": ("tokenmonster", "stentor2-12m")}      # folder, recipe
@@ -29,9 +29,9 @@ def figures(kind: str, seed: int, token_budget: int) -> dict:
     tokenizer = run.with_name(f"{name}-{min_seed}") / "tokenizer"               # made once, for all seeds
     given = {"PROFILE": "cpu", "OUTPUTS": str(run.parent), "RUN": run.name, "RECIPE": recipe}
     if not (tokenizer / "tokenizer_config.json").is_file():
-        run_notebooks.run_notebooks(["01_tokenizer"], {**given, "VOCABULARY": "bpe" if name == "bpe" else "auto"})
+        stentor.notebooks.run_notebooks(["01_tokenizer"], {**given, "VOCABULARY": "bpe" if name == "bpe" else "auto"})
     if not (run / "summary.json").is_file() or json.loads((run / "summary.json").read_text())["stopped"]:
-        run_notebooks.run_notebooks(["02_pretrain_t4"], {
+        stentor.notebooks.run_notebooks(["02_pretrain_t4"], {
             **given, "SEED": seed, "TOKENIZER": str(tokenizer), "TOKEN_BUDGET": token_budget, "TORCH_COMPILE": True,
             "OVERRIDES": {"attn_implementation": "eager"}})
     summary = json.loads((run / "summary.json").read_text())

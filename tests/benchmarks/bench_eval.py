@@ -25,7 +25,7 @@ import numpy as np                                    # noqa: E402
 import torch                                          # noqa: E402
 from test_eval import hellaswag_items, write_jsonl    # noqa: E402
 
-import stentor_eval as se                             # noqa: E402
+from stentor import benchmark                         # noqa: E402
 import stentor_utils as su                            # noqa: E402
 
 SHARED = Path(os.environ.get("STENTOR_SHARED", REPO.parent / "shared"))
@@ -70,7 +70,7 @@ def make_tasks(folder: Path, items: int) -> Path:
 
 def run_ours(model: Path, yaml: Path, folder: Path) -> dict:
     config = {"models": {"m": str(model)}, "blocks": {"b": {"title": "b", "local": str(yaml)}}, "dtype": "float32"}
-    se.launch(config, folder, say=lambda text: None)
+    benchmark.run.launch(config, folder, say=lambda text: None)
     tasks = json.loads((folder / "m" / "b.json").read_text())["tasks"]
     return {name: np.array(task["loglikelihoods"]) for name, task in tasks.items()} | {
         "merged": sum(task["merged"] for task in tasks.values())}
@@ -120,9 +120,9 @@ def blimp() -> dict | None:
     if not (SHARED / "data" / "blimp").is_dir():
         return None
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = se.load_scored(str(a_model(Path(folder))), "float32", torch.device("cpu"))
+        model, tokenizer = benchmark.run.load_scored(str(a_model(Path(folder))), "float32", torch.device("cpu"))
     began = time.monotonic()
-    result = se.evaluate_block(se.StentorLM(model, tokenizer), {"local": SHARED / "data" / "blimp"})
+    result = benchmark.run.evaluate_block(benchmark.lm.StentorLM(model, tokenizer), {"local": SHARED / "data" / "blimp"})
     seconds = time.monotonic() - began
     texts, mine = [], []
     for name, task in result["tasks"].items():

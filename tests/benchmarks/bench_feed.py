@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("STENTOR_VOCABS", str(ROOT.parent / "shared" / "tokenmonster" / "vocabs"))
 
+import stentor.growing  # noqa: E402
 import stentor_utils as su  # noqa: E402
 import tokenmonster_hf as tm  # noqa: E402
 
@@ -79,7 +80,7 @@ def main() -> None:
         recipe = dataclasses.replace(su.RECIPES["stentor3-20m"], sources=(su.Source("prose", "local:prose"),),
                                      anneal_weights=None, token_budget=4 * 262_144, max_eval_samples=10)
         tokenizer = tm.TokenMonsterTokenizer.from_vocabulary(tm.Vocabulary.from_file(vocabulary))
-        su.fill_source(recipe, tokenizer, Path(folder) / "tokens", "prose", shard_tokens=1 << 18)
+        stentor.growing.fill_source(recipe, tokenizer, Path(folder) / "tokens", "prose", shard_tokens=1 << 18)
         store = su.GrowingStore(Path(folder) / "tokens", recipe, 1 << 18)
         started = time.perf_counter()
         for step in range(recipe.total_steps):

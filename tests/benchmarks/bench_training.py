@@ -24,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import stentor.checkpoints  # noqa: E402
+import stentor.engine  # noqa: E402
+import stentor.launch  # noqa: E402
 import stentor_utils as su  # noqa: E402
 from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary  # noqa: E402
 
@@ -78,7 +81,7 @@ def our_step(recipe, store):
 
     def one_step():
         nonlocal step
-        loss = su.accumulate_gradients(parallel, store.batch(step), engine, recipe.per_device_train_batch_size)
+        loss = stentor.engine.accumulate_gradients(parallel, store.batch(step), engine, recipe.per_device_train_batch_size)
         engine.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         if torch.isfinite(norm):
@@ -180,7 +183,7 @@ def contest(name: str, shape: str, store_dir: str):
 
 def start(*arguments, ours: bool) -> subprocess.Popen:
     """This file again, as `arguments` say; ours with what `launch` sets, the others as a user starts them."""
-    env = {**(su.PROCESS_ENVIRONMENT if ours else {}), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    env = {**(stentor.launch.PROCESS_ENVIRONMENT if ours else {}), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], env=env, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -308,7 +311,7 @@ def overhead(store_dir: str):
         timed("evaluation", lambda: su.evaluate(step.model, ids, text_bytes, block_size=recipe.block_size,
                                                 batch_size=recipe.per_device_eval_batch_size), 2)
         timed("checkpoint", lambda: su.save_checkpoint(
-            folder, 1, su.checkpoint_tensors(step.model, step.optimizer, names), {"step": 1}), 3)
+            folder, 1, stentor.checkpoints.checkpoint_tensors(step.model, step.optimizer, names), {"step": 1}), 3)
         timed("best folder", lambda: su.save_model_folder(step.model, None, Path(folder) / "best"), 3)
     print(json.dumps(seconds), file=turns.out, flush=True)
 

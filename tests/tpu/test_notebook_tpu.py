@@ -17,7 +17,7 @@ def test_the_notebook_runs_on_eight_devices(tiny, tmp_path):
                  "num_processes": 8, "eval_steps": 20, "best_eval_steps": 20, "logging_steps": 4, "max_eval_samples": 10,
                  "mixed_precision": "bf16"}
     done = subprocess.run([
-        sys.executable, "run_notebooks.py", "run", "03_pretrain_tpu", "-p", "PROFILE=cpu", "XLA=CPU", f"OUTPUTS={tmp_path}",
+        sys.executable, "-m", "stentor_utils", "run", "03_pretrain_tpu", "-p", "PROFILE=cpu", "XLA=CPU", f"OUTPUTS={tmp_path}",
         "RUN=xla", f"TOKENIZER={tiny.tokenizer_dir}", f"TOKEN_BUDGET={48 * 16 * 64}", f"OVERRIDES={overrides!r}"],
         cwd=REPO, capture_output=True, text=True, env={**os.environ, "PJRT_DEVICE": "CPU"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -127,8 +127,8 @@ def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
-import sys, stentor_utils as su, stentor_xla
-calls, place = [0], stentor_xla.XlaEngine.place
+import sys, stentor_utils as su
+calls, place = [0], stentor.xla.XlaEngine.place
 def poisoned(self, model):
     model = place(self, model)
     def hook(gradient):
@@ -136,8 +136,8 @@ def poisoned(self, model):
         return gradient * float("inf") if calls[0] in (3, 6) else gradient
     model.model.norm.weight.register_hook(hook)
     return model
-stentor_xla.XlaEngine.place = poisoned
-su.train_from_file(sys.argv[1])
+stentor.xla.XlaEngine.place = poisoned
+stentor.launch.train_from_file(sys.argv[1])
 """)
     env = {**os.environ, "STENTOR_ENGINE": "xla", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8"}
     done = subprocess.run([sys.executable, str(tmp_path / "poisoned.py"), str(tmp_path / "run.json")], env=env,
@@ -164,12 +164,12 @@ def test_what_xla_cannot_do_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize("length, block", [(64, 64), (50, 16), (33, 8)])
 def test_blocked_attention_is_sdpa(length, block, monkeypatch):
     """Values and gradients of grouped-query attention, in blocks that do and do not divide the length."""
-    import stentor_xla
-    monkeypatch.setattr(stentor_xla.CausalAttention, "block", block)
+    import stentor.xla
+    monkeypatch.setattr(stentor.xla.CausalAttention, "block", block)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 8, requires_grad=True) for heads in (6, 2, 2))
     weight = torch.randn(2, 6, length, 8)
-    ours = stentor_xla.CausalAttention.apply(q, k, v, 8 ** -0.5)
+    ours = stentor.xla.CausalAttention.apply(q, k, v, 8 ** -0.5)
     stock = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert torch.allclose(ours, stock, atol=1e-5)
     gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, stock)]

@@ -1,4 +1,4 @@
-"""The XLA engine: what the one training loop (stentor_utils.train) needs from TPUs, and from XLA's CPU backend in tests.
+"""The XLA engine: what the one training loop needs from TPUs, and from XLA's CPU backend in tests.
 
 One process, all chips (SPMD): the batch is cut along the mesh axis "data", weights and optimiser are replicated, and XLA puts
 the gradient exchange into the graph. A whole optimiser step is one graph of static shapes: forward, backward, accumulation,
@@ -25,9 +25,11 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import nn
 
-import stentor_utils as su
+from stentor.files import ParameterError
+from stentor.optimizers import parameter_groups
+from stentor.precision import FP32Layer, Int8Linear, _in_front_of
 
-# ---------------------------------------------------------------------------------------------------------------------
+
 # Attention. transformers builds its mask on the host for the attentions it knows, which waits for the device every step;
 # for one registered under a name of its own it builds none.
 
@@ -109,11 +111,8 @@ class BF16Linear:
         return F.linear(x.bfloat16(), self.weight.bfloat16(), None if self.bias is None else self.bias.bfloat16())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class XlaEngine:
-    """The interface of stentor_utils.Engine, on every XLA device at once.
+    """The interface of engine.Engine, on every XLA device at once.
 
     PJRT_DEVICE in the environment says which: "TPU", or "CPU" with CPU_NUM_DEVICES virtual devices.
     mixed_precision: "bf16" (also for "fp16", which a TPU has not) or "no". Not torch.autocast and never XLA_USE_BF16 (it
@@ -125,7 +124,7 @@ class XlaEngine:
     def __init__(self, mixed_precision: str, cache_dir=None):
         from transformers import AttentionInterface
         if "XLA_USE_BF16" in os.environ:
-            raise su.ParameterError(["XLA_USE_BF16 is set and would round the master weights to bf16: unset it."])
+            raise ParameterError(["XLA_USE_BF16 is set and would round the master weights to bf16: unset it."])
         if cache_dir and os.environ["PJRT_DEVICE"] == "TPU":      # the CPU backend cannot read its cache back
             xr.initialize_cache(str(Path(cache_dir)))
         xr.use_spmd()                                 # before any question about devices
@@ -146,13 +145,13 @@ class XlaEngine:
 
     def place(self, model):
         """The model on the devices, its linears in bf16 where the recipe has them so."""
-        if getattr(model.model, "gradient_checkpointing", False) or any(isinstance(m, su.Int8Linear) for m in model.modules()):
-            raise su.ParameterError(["gradient_checkpointing and int8_qat are not made for XLA; set both to False."])
+        if getattr(model.model, "gradient_checkpointing", False) or any(isinstance(m, Int8Linear) for m in model.modules()):
+            raise ParameterError(["gradient_checkpointing and int8_qat are not made for XLA; set both to False."])
         if self.autocast_dtype:
-            layers = [layer for layer in model.model.layers if not isinstance(layer, su.FP32Layer)]
+            layers = [layer for layer in model.model.layers if not isinstance(layer, FP32Layer)]
             for module in [m for layer in layers for m in layer.modules()] + [model.lm_head]:
                 if isinstance(module, nn.Linear):
-                    module.__class__ = su._in_front_of(nn.Linear, BF16Linear)
+                    module.__class__ = _in_front_of(nn.Linear, BF16Linear)
         model.to(self.device)
         model.tie_weights()                           # .to() gave lm_head a copy of its own, which would then drift away
         return model
@@ -170,7 +169,7 @@ class XlaEngine:
     def optimizer(self, model, recipe, say=print):
         """AdamW whose step count and learning rate are tensors on the device: no number that changes is in the graph."""
         optimizer = torch.optim.AdamW(
-            su.parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, eps=recipe.adam_epsilon,
+            parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, eps=recipe.adam_epsilon,
             betas=(recipe.adam_beta1, recipe.adam_beta2), capturable=True, foreach=False)
         for group in optimizer.param_groups:
             for p in group["params"]:                 # made now, or the first step would be another graph
@@ -198,7 +197,7 @@ class XlaEngine:
         """Sequences a device takes at a time: as the recipe says. Too many are refused by the compiler, at the first step."""
         rows = self.recipe.total_batch_size
         if rows % self.devices:
-            raise su.ParameterError([f"the global batch of {rows} sequences does not divide among {self.devices} devices; "
+            raise ParameterError([f"the global batch of {rows} sequences does not divide among {self.devices} devices; "
                                      "change per_device_train_batch_size or gradient_accumulation_steps."])
         per_device = min(per_device, rows // self.devices)
         while rows // self.devices % per_device:

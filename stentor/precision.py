@@ -1,4 +1,4 @@
-"""The precision recipe of the Stentor2 and Stentor3 cards; stentor_utils re-exports it."""
+"""The precision recipe of the Stentor2 and Stentor3 cards."""
 from __future__ import annotations
 
 import functools
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# ---------------------------------------------------------------------------------------------------------------------
+
 # The precision recipe: the T4 / TPU stability techniques of the Stentor2 and Stentor3 cards, on a stock Llama. Each one
 # puts a forward() in front of a module's own class. Parameters and their names stay where they were, so state_dict,
 # save_pretrained, deepcopy, DDP and resume see a stock Llama.

@@ -1,0 +1,156 @@
+"""Values of a model card and where they come from.
+
+Card text is written with marks where values go. A mark remembers file, path and format; the values are filled in at the end.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stentor.published import ALL_RECIPES
+
+NOT_MEASURED = "not measured"
+MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
+# A number and what is glued to it (4.9041, 240,001,024, 12M, v5e-8, 1e-05): any word with a digit in it.
+NUMBER = re.compile(r"[\w+.,%-]*\d[\w+.,%-]*")
+
+
+# Values and where they come from.
+
+@dataclass(frozen=True)
+class Figure:
+    """Something in the card that is not our prose: its text, the file it is from, and the place in it or the formula."""
+    text: str
+    file: str
+    path: str
+
+
+class Facts:
+    """The files of a run folder, and the figures taken from them in the order in which they were asked for.
+
+    `show`, `derive` and the others return a mark to write into the text, or "not measured".
+    """
+
+    def __init__(self, run_dir):
+        self.folder, self.files, self.figures = Path(run_dir), {}, []
+
+    def read(self, file: str):
+        """The parsed .json, .jsonl (list of rows) or .csv (list of dicts of text); None where it is not there or broken."""
+        if file not in self.files:
+            path, content = self.folder / str(file), None
+            try:
+                if file is None:
+                    pass
+                elif file.startswith("published recipe "):       # not a file of the run: shown as published, see `show`
+                    content = ALL_RECIPES[file.removeprefix("published recipe ")].to_dict()
+                elif file.endswith(".csv"):
+                    with open(path, newline="", encoding="utf-8") as opened:
+                        content = list(csv.DictReader(opened))
+                elif file.endswith(".jsonl"):
+                    content = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                else:
+                    content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, KeyError):
+                pass
+            self.files[file] = content
+        return self.files[file]
+
+    def get(self, file: str, *path):
+        """The value at `path` in `file`; None where it is not there, empty, or not a finite number."""
+        value = self.read(file)
+        for key in path:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return None if value == "" or (isinstance(value, float) and not math.isfinite(value)) else value
+
+    def mark(self, text: str, file: str, path: str) -> str:
+        self.figures.append(Figure(text, file, path))
+        return f"FIGUREx{len(self.figures) - 1}x"
+
+    def show(self, file: str, *path, form=",") -> str:
+        """The value at `path`: a number by the format `form`, or through `form` where that is a function."""
+        value = self.get(file, *path)
+        text = None if value is None else write(value, form)
+        return NOT_MEASURED if text is None else self.mark(text, file, ".".join(map(str, path)))
+
+    def derive(self, compute, form, formula: str, *inputs) -> str:
+        """compute(values of the inputs), each input a (file, *path); "not measured" when one of them is missing."""
+        values = [self.get(*place) for place in inputs]
+        text = None
+        if None not in values:
+            try:
+                text = write(compute(*values), form)
+            except (TypeError, ValueError, ZeroDivisionError, KeyError, AttributeError):
+                pass                                  # a value that is there but makes no sense
+        return NOT_MEASURED if text is None else self.mark(
+            text, ", ".join(dict.fromkeys(place[0] for place in inputs)), formula)
+
+    def name(self, file: str, *path) -> str:
+        """The last key of `path` itself, such as the name of a source: names hold digits too."""
+        return self.mark(cell(path[-1]), file, ".".join(map(str, path)) + " (its name)")
+
+
+def write(value, form) -> str | None:
+    """`value` as text; None where a number is wanted and it is none."""
+    if callable(form):
+        return form(value)
+    try:
+        value = float(value) if isinstance(value, str) else value
+        return None if isinstance(value, bool) or not math.isfinite(value) else format(value, form)
+    except (TypeError, ValueError):
+        return None
+
+
+def cell(value) -> str:
+    """Any text as one line that cannot break out of a table cell."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def plain(value) -> str:
+    """A hyperparameter as one reads it: 4,000,000; 0.004; prose, code; none."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, (int, float)):
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(item) for item in value) or "none"
+    return cell(value)
+
+
+def fill(text: str, figures: list[Figure]) -> tuple[str, list[tuple[int, int, Figure]]]:
+    """The text with its marks replaced, and (start, end, figure) of each in it."""
+    pieces, spans, at, size = [], [], 0, 0
+    for found in MARK.finditer(text):
+        figure = figures[int(found.group(1))]
+        pieces += [text[at:found.start()], figure.text]
+        size += found.start() - at
+        spans.append((size, size + len(figure.text), figure))
+        size, at = size + len(figure.text), found.end()
+    return "".join([*pieces, text[at:]]), spans
+
+
+# The card, section by section.
+
+def own_recipe(facts: Facts) -> str | None:
+    """The published recipe that the run's recipe comes from, as the name of a file of `Facts`; None for an own one."""
+    name = str(facts.get("run.json", "recipe", "name") or "").removesuffix("-cpu")
+    return f"published recipe {name}" if name in ALL_RECIPES else None
+
+
+def benchmark_rows(facts: Facts) -> tuple[str | None, list[int]]:
+    """(this model's name in benchmark/results.csv, the numbers of its rows)."""
+    model = facts.get("benchmark/model_index.json", "model-index", 0, "name")
+    rows = facts.read("benchmark/results.csv") or []
+    return model, [i for i, row in enumerate(rows) if row.get("model") == model]
+
+
+def yaml_text(value) -> str:
+    """Any text as one quoted line of YAML. JSON is not it: its \\ud83d\\ude00 for an emoji is read as two broken halves."""
+    import yaml
+    return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=math.inf).strip()

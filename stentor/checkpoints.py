@@ -1,0 +1,269 @@
+"""Checkpoints: safetensors + JSON, never pickle; the newest that verifies is loaded.
+
+Written to a temporary folder, fsynced, hashed, renamed. No RNG state is kept: each step seeds itself from (seed, step), so
+there is none to lose.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from stentor.files import CheckpointError, RunLock, _fsync_folder, _remove
+from stentor.optimizers import BITSANDBYTES_MOMENTS
+from stentor.recipes import Recipe
+
+
+def checkpoint_folders(run_dir) -> list[Path]:
+    """Complete checkpoints of a run, oldest first: folders, or links to folders."""
+    return [path for path in _checkpoint_names(run_dir) if path.is_dir()]
+
+
+def _checkpoint_names(run_dir) -> list[Path]:
+    """All that is called step-NNNNNNNN, whatever it is."""
+    return sorted((Path(run_dir) / "checkpoints").glob("step-" + "[0-9]" * 8))
+
+
+def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int = 2) -> Path:
+    """Save {"model": {...}, "optimizer": {...}} and the JSON-able `state` as checkpoints/step-NNNNNNNN; keep the newest."""
+    from safetensors.torch import save
+    folder = Path(run_dir) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*step-*"):              # what a killed run left half-written
+        _remove(left)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".step-{step:08d}"
+    files = {f"{name}.safetensors": save({key: value.contiguous() for key, value in group.items()})
+             for name, group in tensors.items()}
+    files["state.json"] = json.dumps(state, indent=1).encode()
+    manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    try:
+        temporary.mkdir()
+        for name, data in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+            with open(temporary / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:                             # a full disk: give back what this took of it
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync_folder(temporary)
+    if os.path.lexists(final):                        # between the two renames only the temporary one is there: see
+        os.rename(final, folder / f".old-{final.name}")       # load_checkpoint
+    os.rename(temporary, final)
+    _fsync_folder(folder)
+    good = [path for path in checkpoint_folders(run_dir) if int(path.name[5:]) <= state.get("good_step", -1)][-1:]
+    for old in checkpoint_folders(run_dir)[:-keep]:
+        if old not in good:                           # renamed first: a half-deleted one must not look complete
+            os.rename(old, old.with_name(f".old-{old.name}"))
+    for gone in folder.glob(".old-step-*"):           # of a link the link, not what it points to
+        _remove(gone)
+    return final
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """(tensors, state) of one checkpoint, every file verified before it is parsed; CheckpointError says what is wrong.
+
+    A file is opened only if it is a regular file of this folder with one of the names that save_checkpoint gives.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    try:
+        manifest, data = json.loads((folder / "manifest.json").read_text()), {}
+        for name in {"model.safetensors", "optimizer.safetensors", "state.json", *manifest}:
+            if name not in manifest:
+                raise CheckpointError(f"manifest.json does not list {name}")
+            if not re.fullmatch(r"[a-z]+\.safetensors|state\.json", name) or (folder / name).is_symlink():
+                raise CheckpointError(f"{name!r} is not a file of a checkpoint")
+            data[name] = (folder / name).read_bytes()
+            if hashlib.sha256(data[name]).hexdigest() != manifest[name]["sha256"]:
+                raise CheckpointError(f"{name} does not match its hash")
+        state = json.loads(data.pop("state.json"))
+        if not isinstance(state, dict):
+            raise CheckpointError("state.json is not an object")
+        if "fingerprint" in state and (problem := state_problem(state, int(folder.name[-8:]))):
+            raise CheckpointError(f"state.json: {problem}")
+        return {name.removesuffix(".safetensors"): load(value) for name, value in data.items()}, state
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+def state_problem(state: dict, step: int) -> str | None:
+    """What is wrong with the state of a training run in the folder of that step, or None."""
+    def whole(low):
+        return lambda value: type(value) is int and value >= low
+
+    def real(value):
+        return type(value) in (int, float)
+    rules = {"step": whole(0), "updates": whole(0), "skipped_steps": whole(0), "metrics_lines": whole(0),
+             "nonfinite": whole(0), "evaluated_step": whole(-1), "good_step": whole(-1),
+             "best_step": lambda value: value is None or whole(0)(value),
+             "best_eval_loss": lambda value: value is None or real(value),
+             "loss_level": lambda value: value is None or real(value), "seconds": lambda value: real(value) and value >= 0,
+             "window": lambda value: isinstance(value, list) and len(value) == 3 and all(map(real, value)),
+             "scaler": lambda value: isinstance(value, dict), "rollbacks": lambda value: isinstance(value, list),
+             "fingerprint": lambda value: isinstance(value, dict)}
+    for name, rule in rules.items():
+        if not rule(state.get(name, "not there")):
+            return f"{name} is {json.dumps(state.get(name, 'not there'))[:60]}"
+    if state["step"] != step:
+        return f"its step is {state['step']:,}, the folder's name says {step:,}"
+    if max(state["updates"], state["skipped_steps"]) > step:
+        return f"{state['updates']:,} updates and {state['skipped_steps']:,} skipped ones in {step:,} steps"
+    rows, batch = (state["fingerprint"].get(key) for key in ("sequences_to_train", "total_batch_size"))
+    if whole(1)(rows) and whole(1)(batch) and step > -(-rows // batch):
+        return f"step {step:,} of a run of {-(-rows // batch):,}"
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint ("model.safetensors does not match its hash"), or None."""
+    try:
+        read_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
+
+
+def load_checkpoint(run_dir, say=print, newest: float = math.inf) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
+    """(tensors, state) of the newest checkpoint, up to step `newest`, that verifies; None when there is none.
+
+    A bad one, and whatever else has such a name, is set aside (renamed to bad-step-N) and said so. Raises CheckpointError
+    when there are only bad ones: starting again from step 0 must be somebody's decision.
+    """
+    place = Path(run_dir) / "checkpoints"
+    if os.path.lexists(place) and not place.is_dir():
+        raise CheckpointError(f"{place} is not a folder: move it away; checkpoints are written there.")
+    for left in place.glob(".step-*"):
+        complete = left.with_name(left.name[1:])      # killed right before its last rename
+        if not os.path.lexists(complete) and not verify_checkpoint(left):
+            os.rename(left, complete)
+
+    def set_aside(path, problem):
+        os.rename(path, path.with_name(f"bad-{path.name}-{time.time_ns()}"))
+        say(f"checkpoint {path.name} set aside: {problem}")
+    for path in _checkpoint_names(run_dir):
+        if not path.is_dir():
+            set_aside(path, "it is not a folder")
+    folders = [folder for folder in checkpoint_folders(run_dir) if int(folder.name[5:]) <= newest]
+    for folder in reversed(folders):
+        try:
+            return read_checkpoint(folder)
+        except CheckpointError as problem:
+            set_aside(folder, problem)
+    if folders or list(place.glob("bad-*")):
+        raise CheckpointError(f"no checkpoint under {run_dir}/checkpoints can be read (all set aside as bad-...); delete "
+                              "that folder to start from step 0.")
+    return None
+
+
+def newest_state(run_dir) -> dict:
+    """The state of the newest checkpoint that has a readable one (its hash is not checked), or {}."""
+    for folder in reversed(checkpoint_folders(run_dir)):
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((folder / "state.json").read_text())
+            if isinstance(state, dict) and isinstance(state.get("fingerprint"), dict):
+                return state
+    return {}
+
+
+def frozen(model) -> set[str]:
+    """Names in the state_dict of parameters that are not trained: a checkpoint leaves them out."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def weights_sha256(model) -> str:
+    """A hash of every parameter's name and bytes: what a run with a model given to it started from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checkpoint_tensors(model, optimizer, names: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """{"model": state_dict without the tied lm_head and what is frozen, "optimizer": "<parameter>.<moment>"}, on the CPU."""
+    tied, left_out = model.config.tie_word_embeddings, frozen(model)
+    weights = {key: value.cpu() for key, value in model.state_dict().items()
+               if key not in left_out and not (tied and key == "lm_head.weight")}
+    moments = {f"{names[parameter]}.{key}": torch.as_tensor(value).cpu() for parameter, values in optimizer.state.items()
+               for key, value in values.items()}
+    return {"model": weights, "optimizer": moments}
+
+
+def restore(model, optimizer, names: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Put a checkpoint's tensors back; every key must be there."""
+    try:
+        missing, unexpected = model.load_state_dict(tensors["model"], strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:200]}") from error
+    missing = [key for key in missing if not (key == "lm_head.weight" and model.config.tie_word_embeddings)
+               and key not in frozen(model)]
+    if missing or unexpected:
+        raise CheckpointError(f"the checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}.")
+    by_name = {name: parameter for parameter, name in names.items()}
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition(".")
+        if name not in by_name:
+            raise CheckpointError(f"the checkpoint does not fit the model: {key!r} belongs to none of its parameters.")
+        parameter = by_name[name]
+        for theirs, ours in BITSANDBYTES_MOMENTS.items():       # a session may have what another lacked
+            if moment in (theirs, ours):
+                moment = theirs if isinstance(optimizer, torch.optim.AdamW) else ours
+        on_host = moment == "step" and not optimizer.defaults.get("capturable")
+        optimizer.state[parameter][moment] = value.clone() if on_host else value.clone().to(parameter.device)
+        if moment == "step" and not isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[parameter][moment] = int(value)       # bitsandbytes counts in a Python int
+
+
+def recipe_fingerprint(recipe: Recipe) -> dict:
+    """What must be equal for a checkpoint to be continued; cadences and micro-batch sizes may change, these may not."""
+    free = {"name", "published", "unpublished", "per_device_train_batch_size", "per_device_eval_batch_size", "num_processes",
+            "gradient_accumulation_steps", "eval_steps", "best_eval_steps", "best_eval_start_step", "save_every_minutes",
+            "save_total_limit", "logging_steps", "gradient_checkpointing", "budget_check", "torch_compile",
+            "sources"}
+    values = {key: value for key, value in recipe.to_dict().items() if key not in free}
+    values |= {"total_batch_size": recipe.total_batch_size, "sequences_to_train": recipe.sequences_to_train,
+               "source_weights": {source.name: source.weight for source in recipe.sources}}
+    return json.loads(json.dumps(values))
+
+
+def run_fingerprint(recipe: Recipe, store) -> dict:
+    """The recipe's, and the token store's hashes."""
+    return recipe_fingerprint(recipe) | {"store": {
+        name: [shard["sha256"] for shard in entry["shards"]]
+        for name, entry in store.manifest["sources"].items() if name in store.names}}
+
+
+def fingerprint_differences(theirs: dict, mine: dict) -> list[str]:
+    """"seed is 1 in the checkpoint, 2 in this run" for each key of either that differs."""
+    return [f"{key} is {json.dumps(theirs.get(key))[:80]} in the checkpoint, {json.dumps(mine.get(key))[:80]} in this run"
+            for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+
+
+def recipe_differences(recipe: Recipe, run_dir) -> list[str]:
+    """`fingerprint_differences` of the recipe and the newest checkpoint of run_dir; [] where there is none."""
+    mine, theirs = recipe_fingerprint(recipe), newest_state(run_dir).get("fingerprint")
+    return fingerprint_differences({key: theirs[key] for key in mine if key in theirs}, mine) if theirs else []
+
+
+def check_run(recipe: Recipe, run_dir) -> None:
+    """Raise for a run folder in use (ParameterError) or with checkpoints of another recipe (CheckpointError).
+
+    To ask before work that a refused run would have done in vain; it writes nothing. `train` asks again, under its lock, and
+    also about the store and the start weights.
+    """
+    with contextlib.suppress(FileNotFoundError), open(Path(run_dir) / ".lock") as file:
+        RunLock.take(file, run_dir)
+    if different := recipe_differences(recipe, run_dir):
+        raise another_run(run_dir, different)
+
+
+def another_run(run_dir, different: list[str]) -> CheckpointError:
+    return CheckpointError(f"{run_dir} holds checkpoints of another run: " + "; ".join(different)
+                           + ". Choose another RUN, or delete its checkpoints folder.")

@@ -1,0 +1,144 @@
+"""A token store that worker processes fill while training reads it."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from stentor.files import FeedStopped, ParameterError, SourceError, write_atomically
+from stentor.tokens import TokenStore, plan_sources, prepare_tokens, source_names
+
+
+# The store that is filled while training reads it: one folder and one worker process a source. Sequences are shuffled
+# within a shard instead of the whole source, so the order is known before the text is.
+
+
+def planned_shards(recipe, shard_tokens: int) -> dict[str, int]:
+    """{source: shards its sequences fill}, from the recipe alone."""
+    if shard_tokens % recipe.block_size:
+        raise ParameterError([f"shard_tokens = {shard_tokens:,} must be a multiple of block_size = {recipe.block_size}."])
+    names = source_names(recipe)
+    rows = np.bincount(plan_sources(recipe), minlength=len(names))
+    return {name: -(-int(n) * recipe.block_size // shard_tokens) for name, n in zip(names, rows)}
+
+
+def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int, ahead_shards: int | None = None) -> None:
+    """Fill store_dir/<name>, a token store of that source alone; what one worker process does.
+
+    It stays at most `ahead_shards` shards ahead of the one that training reads (None: it need not wait), goes on where an
+    earlier call stopped, and leaves when its parent process is gone: a killed run leaves no worker behind.
+    """
+    import fcntl
+    folder, parent = Path(store_dir) / name, os.getppid()
+    source = next(source for source in recipe.sources if source.name == name)
+    wanted = planned_shards(recipe, shard_tokens)[name] * shard_tokens
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def wait_for_the_reader(shards: int) -> None:
+        while os.getppid() == parent and ahead_shards and shards > shard_being_read(folder) + ahead_shards:
+            time.sleep(0.2)
+        if os.getppid() != parent:
+            raise SystemExit(0)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)              # a worker of a killed run may be in its last shard
+        prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted}, shard_tokens=shard_tokens,
+                       validation_documents=recipe.max_eval_samples, after_shard=wait_for_the_reader,
+                       beside=[other for other in recipe.sources if other.name in set(source_names(recipe)) - {name}],
+                       progress=lambda text: None)
+
+
+def shard_being_read(folder) -> int:
+    """The number of the shard of a source that training has come to."""
+    path = Path(folder) / "reading"
+    return int(path.read_text()) if path.exists() else 0
+
+
+class GrowingStore(TokenStore):
+    """A TokenStore over folders that workers still fill; `batch` waits for the shards it needs.
+
+    Sequence k of a source lies in shard k // blocks_per_shard, shuffled within it: a pure function of (seed, step) however
+    full the store is. A source that ends early is read again, in another order. Only whole shards are read before the end
+    is known. failed(): what is wrong with the workers, or None; asked while waiting.
+    """
+
+    def __init__(self, store_dir, recipe, shard_tokens: int, *, rolling: bool = False, failed=lambda: None):
+        self.folder, self.recipe, self.shard_tokens, self.rolling, self.failed = (
+            Path(store_dir), recipe, shard_tokens, rolling, failed)
+        self.planned = planned_shards(recipe, shard_tokens)
+        self.names = list(self.planned)
+        self.per_shard = shard_tokens // recipe.block_size
+        self.entries, self.reading = {}, {}
+        self._plan_rows()
+        for name in self.names:
+            self._wait_for(name, 0)
+        manifests = {name: json.loads((self.folder / name / "manifest.json").read_text()) for name in self.names}
+        if (size := max(m["vocab_size"] for m in manifests.values())) > recipe.shape.vocab_size:
+            raise ParameterError([f"the token store has ids up to {size:,}, the model only vocab_size = "
+                                  f"{recipe.shape.vocab_size:,}."])
+        # The first shard stands for the store in a run's fingerprint: the rest follows from it, the source and its commit.
+        self.manifest = {"eos_token_id": next(iter(manifests.values()))["eos_token_id"], "sources": {
+            name: {**m["sources"][name], "shards": m["sources"][name]["shards"][:1]} for name, m in manifests.items()}}
+
+    def _read_entry(self, name: str) -> dict | None:
+        path = self.folder / name / "manifest.json"
+        if path.exists():
+            self.entries[name] = json.loads(path.read_text())["sources"].get(name)
+        return self.entries.get(name)
+
+    def _wait_for(self, name: str, number: int) -> tuple[int, int, Path]:
+        """(epoch, number, file) of the shard that `number`, counted over epochs, stands for; waits until it is written."""
+        while True:
+            entry = self.entries.get(name)
+            for _ in range(2):                        # what is known, then what is on disk
+                if entry:
+                    whole = [shard for shard in entry["shards"] if shard["tokens"] == self.shard_tokens]
+                    ended = entry["filled"] > 0
+                    usable = whole or (entry["shards"] if ended else [])     # a short corpus is one short shard
+                    if number < len(usable) or (ended and usable):
+                        epoch, number = divmod(number, len(usable))
+                        return epoch, number, self.folder / name / usable[number]["file"]
+                entry = self._read_entry(name)
+            if problem := self.failed():
+                raise FeedStopped(problem)
+            time.sleep(0.05)
+
+    def _block(self, name: str, index: int) -> np.ndarray:
+        number = index // self.per_shard
+        if number > self.reading.get(name, -1):       # the worker of this source may go on
+            self.reading[name] = number
+            write_atomically(self.folder / name / "reading", str(number))
+        epoch, number, path = self._wait_for(name, number)
+        if not path.exists():
+            raise SourceError(f"source {name} ended after {self.entries[name]['tokens']:,} tokens, and its first shards are "
+                              "gone (rolling): lower token_budget or its weight, or keep the shards.")
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        blocks = len(tokens) // self.recipe.block_size
+        start = int(self._shuffled(name, epoch, number, blocks)[index % self.per_shard % blocks]) * self.recipe.block_size
+        return tokens[start:start + self.recipe.block_size]
+
+    @functools.lru_cache(maxsize=64)
+    def _shuffled(self, name: str, epoch: int, number: int, blocks: int) -> np.ndarray:
+        seed = [self.recipe.seed, epoch, number, *hashlib.sha256(name.encode()).digest()[:4]]
+        return np.random.default_rng(seed).permutation(blocks)
+
+    def epoch(self, step: int) -> float:
+        """The part of the planned sequences that `step` steps have read."""
+        return min(step * self.recipe.total_batch_size / self.recipe.sequences_to_train, 1.0)
+
+    def validation(self) -> tuple[np.ndarray, int]:
+        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
+        ids = [np.fromfile(self.folder / name / entry["file"], "<u2") for name, entry in zip(self.names, entries)]
+        eos = np.array([self.manifest["eos_token_id"]], "<u2")
+        return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
+
+    def release(self, step: int) -> None:
+        """Training will not go back before `step`; with `rolling` the shards that only earlier steps read are deleted."""
+        row = min(step * self.recipe.total_batch_size, len(self.row_source) - 1)
+        for i, name in enumerate(self.names if self.rolling else ()):
+            for old in range(int(np.count_nonzero(self.row_source[:row] == i)) // self.per_shard):
+                (self.folder / name / name / f"train-{old:05d}.bin").unlink(missing_ok=True)

@@ -1,0 +1,214 @@
+"""Parameters are checked before any work starts, all of them, and every problem is one sentence."""
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import math
+import numbers
+import os
+import re
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+from stentor.files import ParameterError
+from stentor.secrets import redact, secret_problems
+
+
+@functools.cache
+def session_start() -> float:
+    """time.monotonic() of the first check of parameters in this process; checking again does not begin a new session."""
+    return time.monotonic()
+
+
+# Parameters are checked before any work starts, all of them, and every problem is one sentence.
+
+
+LARGEST = 2**63 - 1                                   # whole number that an array's index or a file's size can be
+
+
+def number(low=None, high=None, *, integer=False, optional=False):
+    """A rule for `check_notebook_parameters`: a finite number in [low, high]; None too when `optional`.
+
+    With `integer` a whole one, which is made an int: 1e6 passes as 1000000.
+    """
+    kind = "a whole number" if integer else "a number"
+    top = high if high is not None else LARGEST if integer else sys.float_info.max
+
+    def rule(value):
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value:
+            return f"must be {kind}"
+        if abs(value) == math.inf or integer and value != int(value):
+            return f"must be {kind}"
+        if low is not None and value < low:
+            return f"must be at least {low:,}"
+        if value > top:                               # 10**400 too, which no float holds
+            return f"must be at most {top:,}" if top < 1e19 else f"must be at most {top:g}"
+
+    def convert(value):
+        if value is None or type(value) in (int, float) and not integer:
+            return value
+        return int(value) if integer else float(value)
+    rule.convert = convert
+    return rule
+
+
+def string(*, optional=False, empty=False):
+    """A rule: text that a file can hold (no NUL, no half of an emoji); "" only with `empty`, None with `optional`."""
+    def rule(value):
+        if value is None and optional:
+            return None
+        if not isinstance(value, str):
+            return "must be text"
+        if not value and not empty:
+            return "must not be empty"
+        if "\0" in value:
+            return "must not hold a NUL character"
+        if re.search("[\ud800-\udfff]", value):
+            return "must be text that UTF-8 can hold"
+    return rule
+
+
+def items(rule, *, optional=False, empty=False, repeated=False):
+    """A rule: a list (or tuple) whose every item passes `rule`; `empty` and `repeated` say that it may be so."""
+    def check(values):
+        if values is None and optional:
+            return None
+        if not isinstance(values, (list, tuple)):
+            return "must be a list"
+        if not values and not empty:
+            return "must not be empty"
+        for i, value in enumerate(values):
+            if wrong := problem_with(value, rule):
+                return f"has {shown(value)} in place {i + 1}, which {wrong}"
+            if not repeated and value in values[:i]:
+                return f"holds {shown(value)} twice"
+
+    check.convert = lambda values: values and [as_wanted(value, rule) for value in values]
+    return check
+
+
+# The settings of `su.generate` that a notebook takes, under their names in transformers.GenerationConfig.
+_GENERATION_RULES = {
+    "do_sample": bool, "temperature": number(1e-6, 1e6), "top_p": number(1e-9, 1), "min_p": number(0, 1),
+    "typical_p": number(1e-9, 1), "top_k": number(0, integer=True), "repetition_penalty": number(1e-6, 1e6),
+    "no_repeat_ngram_size": number(0, integer=True), "max_new_tokens": number(1, integer=True)}
+
+
+def generation_settings(value) -> str | None:
+    """A rule: a dict of settings for sampling, each known and in range."""
+    if not isinstance(value, dict):
+        return "must be a dict"
+    for name, setting in value.items():
+        if name not in _GENERATION_RULES:
+            return f"has {shown(name)}, which is none of {', '.join(_GENERATION_RULES)}"
+        if wrong := problem_with(setting, _GENERATION_RULES[name]):
+            return f"has {name} = {shown(setting)}, which {wrong}"
+
+
+generation_settings.convert = lambda value: {
+    name: as_wanted(setting, _GENERATION_RULES[name]) for name, setting in value.items()}
+
+
+def shown(value) -> str:
+    """`value` as it would be typed, for a message: without secrets, and cut where it is long."""
+    try:
+        whole = redact(repr(value))
+    except ValueError:                                # Python writes no int of over 4,300 digits
+        return "a number of thousands of digits"
+    return whole if len(whole) <= 200 else f"{whole[:200]}..."
+
+
+def problem_with(value, rule) -> str | None:
+    """What is wrong with `value` by `rule` ("must be at least 1"), or None; rules as in check_notebook_parameters."""
+    if isinstance(rule, (type, tuple)):
+        kinds = rule if isinstance(rule, tuple) else (rule,)
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            return f"must be of type {' or '.join(kind.__name__ for kind in kinds)}"
+    elif isinstance(rule, (set, frozenset, list, dict)):
+        if not _allowed(value, rule):
+            near = difflib.get_close_matches(str(value)[:100], [str(v) for v in rule], n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"must be one of {', '.join(map(str, rule))}{hint}"
+    else:
+        return rule(value)
+
+
+def as_wanted(value, rule):
+    """A value that passes `rule` in the type that the rule wants: 1e6 as 1000000, a tuple as a list."""
+    if isinstance(rule, (set, frozenset, list, dict)):
+        return _allowed(value, rule)[0]
+    return rule.convert(value) if hasattr(rule, "convert") else value
+
+
+def _allowed(value, choices) -> list:
+    """The choice that equals `value`, in a list; True is not 1."""
+    return [choice for choice in choices if isinstance(choice, bool) == isinstance(value, bool) and choice == value]
+
+
+def check_notebook_parameters(namespace: dict, spec: dict) -> None:
+    """Check a notebook's parameters: call it with `globals()` right after the parameters cell.
+
+    spec maps each parameter to a rule: a type (or tuple of types), a set/list of allowed values, or a function that
+    returns what is wrong ("must be at least 1") or None. A public variable that is not in `spec` is an unknown
+    parameter: papermill only warns about `-p TOKENBUDGET 1` and would then train with the default.
+    Raises ParameterError with every problem. Without any, whole numbers written as floats are made int in `namespace`.
+    The session's clock starts at the first call.
+    """
+    session_start()
+    given = {name: value for name, value in namespace.items()
+             if not name.startswith("_") and name not in {"In", "Out"} and not isinstance(value, types.ModuleType)
+             and not callable(value)}
+    problems = []
+    for name in given:
+        if name not in spec:
+            near = difflib.get_close_matches(name.upper(), spec, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(spec)}."
+            problems.append(f"{name} is not a parameter of this notebook; {hint}")
+    for name, rule in spec.items():
+        if name not in given:
+            problems.append(f"{name} is missing: run the parameters cell first.")
+            continue
+        if wrong := problem_with(given[name], rule):
+            problems.append(f"{name} = {shown(given[name])} {wrong}.")
+        problems += secret_problems(**{name: given[name]})
+    if problems:
+        raise ParameterError(problems)
+    namespace.update({name: as_wanted(given[name], rule) for name, rule in spec.items()})
+
+
+# Names that a folder cannot have on Windows, and the one that `make bench` writes to beside the runs.
+_RESERVED = {"con", "prn", "aux", "nul", "benchmarks",
+             *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
+
+
+def run_name(value) -> str | None:
+    """A rule: RUN becomes a folder's name, so no slashes, spaces or leading dots, and not too long for a file system."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value) or value.endswith("."):
+        return "must be a plain name of letters, digits, '.', '_' and '-'"
+    if len(value.encode()) > 100:
+        return "must be at most 100 bytes long"
+    if value.split(".")[0].lower() in _RESERVED:
+        return "is a reserved name; choose another"
+
+
+def writable_folder(path) -> str | None:
+    """What is wrong with `path` as a folder to write to ("is not a folder ..."), or None.
+
+    Nothing is created: the nearest folder above that is there decides, by an unnamed file.
+    """
+    try:
+        path = Path(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)                            # a name too long, a file in the way
+        nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return f"is not a folder that can be written to ({reason}); choose another"
