@@ -43,9 +43,9 @@ test: $(VENV)/.installed lint
 	$(PY) -m pytest tests --durations=10
 
 # The XLA engine and 03 on eight virtual devices. An environment of its own: torch_xla 2.9 wants its own torch; about 7 GB.
-.venv-tpu/.installed: requirements-tpu-test.txt
+.venv-tpu/.installed: tests/requirements/tpu.txt
 	$(PYTHON) -m venv .venv-tpu
-	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu-test.txt
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/tpu.txt
 	touch $@
 
 tpu-test: .venv-tpu/.installed
@@ -61,9 +61,9 @@ test-kaggle: .venv-kaggle/.installed
 	.venv-kaggle/bin/python -m pytest tests --durations=10
 
 # Optional: compiles the TPU training step for a real v5e 2x4 ahead of time, with no TPU.
-.venv-aot/.installed: requirements-aot.txt
+.venv-aot/.installed: tests/requirements/aot.txt
 	$(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/aot.txt
 	touch $@
 
 tpu-aot: .venv-tpu/.installed .venv-aot/.installed

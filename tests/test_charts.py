@@ -523,7 +523,7 @@ def test_the_notebook_ends_well_with_half_of_the_files_missing(outputs, tmp_path
 
 @pytest.mark.parametrize("parameters, sentence", [
     ({"RUN": "dmeo"}, r"RUN = 'dmeo' is not in .*which holds demo, long-run, low-rate"),
-    ({"RUN": "demo,,low-rate"}, r"RUN = 'demo,,low-rate' is not in"),
+    ({"RUN": "demo,,low-rate"}, r"RUN = 'demo,,low-rate' must be names of run folders"),
     ({"RUN": 3}, r"RUN = 3 must be the name of a run folder"),
     ({"RUNS": "demo"}, r"RUNS is not a parameter"),
     ({"PROFILE": "gpu"}, r"PROFILE = 'gpu' must be one of"),
