@@ -32,6 +32,7 @@ from stentor.files import (                                                     
     write_atomically)
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
+from stentor.growth import grow_model                                                               # noqa: F401
 from stentor.hub import hub_folder                                                                  # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.loss import use_chunked_loss                                                           # noqa: F401

@@ -1,0 +1,181 @@
+"""A small Llama becomes a larger one, its knowledge carried over exactly, or as the Stentor-Big card says.
+
+Function-preserving growth: for every text the same logits to rounding. With x the residual stream, d -> D its width:
+
+    width       x -> (x, 0). RMSNorm then divides by a mean over D numbers instead of d, so its weight is
+                multiplied by sqrt(d / D) and its epsilon by d / D. What writes to x (embedding, o_proj,
+                down_proj) gets rows of zeros; what reads x gets random columns, which meet zeros now and give
+                every new unit a gradient of its own.
+    heads       new query heads are random, and o_proj does not listen to them yet. A query head keeps its
+                key-value head; where groups get smaller, that head is copied for each part of its group.
+    SwiGLU      new rows of gate_proj and up_proj are random, the new columns of down_proj zero.
+    depth       a new layer writes nothing yet (o_proj and down_proj zero), so it is the identity.
+    vocabulary  new rows are the mean of the old ones and some noise; the old tokens' logits stay.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from stentor.files import ParameterError
+from stentor.model import build_model
+from stentor.shapes import Shape
+
+STD = 0.02                                            # of new words' noise: the cards' initialisation
+
+
+@torch.no_grad()
+def grow_model(model, shape: Shape, *, layers="spread", function_preserving: bool = True, seed: int = 42):
+    """`model`, a LlamaForCausalLM, grown to `shape`: a new one, in fp32 on the CPU; `model` stays as it is.
+
+    layers: where the new layers stand, as for `layer_origins`. function_preserving: the same logits for every
+    text; the result's rms_norm_eps is the model's times old / new hidden_size. False is the Stentor-Big card's
+    way as far as it says: blocks copied "where possible", the rest random. The result's `copied_parameters` counts
+    what was carried over. Raises ParameterError with every reason why it cannot be.
+    """
+    old = shape_of(model)
+    if problems := growth_problems(old, shape, layers):
+        raise ParameterError(problems)
+    narrower = old.hidden_size / shape.hidden_size if function_preserving else 1.0
+    grown = build_model(dataclasses.replace(shape, rms_norm_eps=old.rms_norm_eps * narrower), seed,
+                        attn_implementation=model.config._attn_implementation,
+                        eos_token_id=model.config.eos_token_id, bos_token_id=model.config.bos_token_id)
+    grown.copied_parameters = 0
+    origins = layer_origins(old.num_hidden_layers, shape.num_hidden_layers, layers)
+    targets = dict(grown.named_parameters())
+    for name, source, rows, columns, rest in matrices(model, old, shape, origins, function_preserving):
+        if rest == "zero":
+            targets[name].zero_()
+        if source is not None:
+            place = torch.tensor(rows)[:, None], torch.tensor(columns)
+            targets[name][place] = source.float().cpu()
+            grown.copied_parameters += source.numel()
+    if function_preserving:                           # new words begin as the average of the old ones
+        words = targets["model.embed_tokens.weight"][old.vocab_size:, :old.hidden_size]
+        words.normal_(0, STD).add_(model.get_input_embeddings().weight.float().cpu().mean(0))
+    for name, source in norms(model, origins):
+        targets[name].fill_(math.sqrt(narrower))
+        if source is not None:
+            targets[name].fill_(math.sqrt(narrower) * source.float().mean())
+            targets[name][:old.hidden_size] = math.sqrt(narrower) * source.float().cpu()
+            grown.copied_parameters += source.numel()
+    return grown
+
+
+def matrices(model, old: Shape, new: Shape, origins: list, function_preserving: bool):
+    """(name in the grown model, what is copied or None, its rows, its columns, the rest) of every matrix.
+
+    The rest is "random", as built, where it reads the residual stream or is not listened to yet, "zero" where it
+    writes; without function_preserving it is random everywhere.
+    """
+    state, silent = model.state_dict(), "zero" if function_preserving else "random"
+    width, inner, dim = range(old.hidden_size), range(old.intermediate_size), range(old.head_dim)
+    query, kept = head_places(old, new)
+    if not function_preserving:                       # blocks as they stand
+        query, kept = range(old.num_attention_heads), range(old.num_key_value_heads)
+    queries = [head * old.head_dim + i for head in query for i in dim]
+    keys = [place * old.head_dim + i for place, head in enumerate(kept) if head is not None for i in dim]
+    key_sources = [head * old.head_dim + i for head in kept if head is not None for i in dim]
+    blocks = {"self_attn.q_proj": (queries, width, "random"), "self_attn.k_proj": (keys, width, "random"),
+              "self_attn.v_proj": (keys, width, "random"), "self_attn.o_proj": (width, queries, silent),
+              "mlp.gate_proj": (inner, width, "random"), "mlp.up_proj": (inner, width, "random"),
+              "mlp.down_proj": (width, inner, silent)}
+    for place, origin in enumerate(origins):
+        for block, (rows, columns, rest) in blocks.items():
+            source = None if origin is None else state[f"model.layers.{origin}.{block}.weight"]
+            if source is not None and rows is keys:
+                source = source[key_sources]
+            yield f"model.layers.{place}.{block}.weight", source, rows, columns, rest
+    words = state["model.embed_tokens.weight"]
+    yield "model.embed_tokens.weight", words, range(old.vocab_size), width, silent
+    if not new.tie_word_embeddings:
+        head = words if old.tie_word_embeddings else state["lm_head.weight"]
+        yield "lm_head.weight", head, range(old.vocab_size), width, "random"
+
+
+def norms(model, origins: list):
+    """(name in the grown model, the old weight or None) of every RMSNorm."""
+    state = model.state_dict()
+    for place, origin in enumerate(origins):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            source = None if origin is None else state[f"model.layers.{origin}.{name}.weight"]
+            yield f"model.layers.{place}.{name}.weight", source
+    yield "model.norm.weight", state["model.norm.weight"]
+
+
+def shape_of(model) -> Shape:
+    """The Shape of a LlamaForCausalLM."""
+    config = model.config
+    return Shape(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)
+                    if field.name != "rope_theta"}, rope_theta=config.rope_parameters["rope_theta"])
+
+
+def growth_problems(old: Shape, new: Shape, layers="spread") -> list[str]:
+    """One sentence for each reason why a model of shape `old` cannot become one of shape `new`."""
+    if problems := new.problems():
+        return problems
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "max_position_embeddings")
+    wrong = [f"{name} = {getattr(new, name):,} is less than the model's {getattr(old, name):,}; growing never takes "
+             "away." for name in sizes if getattr(new, name) < getattr(old, name)]
+    if wrong:
+        return wrong
+    if new.head_dim != old.head_dim:
+        wrong.append(f"head_dim would become {new.head_dim} where the model has {old.head_dim}; RoPE and the "
+                     f"attention's scale depend on it: take num_attention_heads = hidden_size / {old.head_dim}.")
+    if new.rope_theta != old.rope_theta:
+        wrong.append(f"rope_theta = {new.rope_theta:g} is not the model's {old.rope_theta:g}; positions would be "
+                     "read anew.")
+    if new.tie_word_embeddings and not old.tie_word_embeddings:
+        wrong.append("tie_word_embeddings = True cannot be had from a model whose two embeddings differ; leave it "
+                     "False.")
+    if (needed := heads_needed(old, new)) > new.num_key_value_heads:
+        wrong.append(f"num_key_value_heads = {new.num_key_value_heads} is too few: groups of {group(new)} query "
+                     f"heads need {needed} to keep what {old.num_key_value_heads} groups of {group(old)} did.")
+    try:
+        layer_origins(old.num_hidden_layers, new.num_hidden_layers, layers)
+    except ValueError as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def layer_origins(old: int, new: int, layers="spread") -> list[int | None]:
+    """For each of `new` layers the old layer that it is, or None for a new one.
+
+    layers: "spread" (new ones evenly in between), "end", "start", or the places (from 0) of the new layers.
+    Raises ValueError for any other.
+    """
+    count = new - old
+    places = {"end": range(old, new), "start": range(count),
+              "spread": [(2 * i + 1) * new // (2 * count) for i in range(count)]}
+    chosen = list(places.get(layers, ())) if isinstance(layers, str) else list(layers)
+    if len(set(chosen) & set(range(new))) != count or len(chosen) != count:
+        raise ValueError(f"layers = {layers!r} must be \"spread\", \"end\", \"start\" or the {count} different places "
+                         f"of the new layers, from 0 to {new - 1}.")
+    olds = iter(range(old))
+    return [None if place in chosen else next(olds) for place in range(new)]
+
+
+def group(shape: Shape) -> int:
+    """Query heads that share a key-value head."""
+    return shape.num_attention_heads // shape.num_key_value_heads
+
+
+def heads_needed(old: Shape, new: Shape) -> int:
+    """Key-value heads that the old ones become where groups get smaller."""
+    return old.num_key_value_heads * math.ceil(group(old) / group(new))
+
+
+def head_places(old: Shape, new: Shape) -> tuple[list[int], list[int | None]]:
+    """(new place of each old query head, old head that each new key-value head is a copy of, or None)."""
+    before, after = group(old), group(new)
+    parts = math.ceil(before / after)                 # key-value heads that an old group becomes
+    query = []
+    for head in range(old.num_attention_heads):
+        key_value, inside = divmod(head, before)
+        query.append((key_value * parts + inside // after) * after + inside % after)
+    filled = old.num_key_value_heads * parts
+    kept = [head // parts if head < filled else None for head in range(new.num_key_value_heads)]
+    return query, kept
