@@ -15,6 +15,7 @@ import stentor_utils as su
 
 WRITER = """
 import sys
+import stentor.files
 while True:
     stentor.files.write_atomically(sys.argv[1], bytes(20_000_000))
 """
@@ -27,8 +28,9 @@ def temporaries(folder):
 def test_what_a_killed_writer_left_goes_at_the_next_write_and_a_live_ones_stays(tmp_path):
     for _ in range(20):                               # until a kill falls into a write: most do
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "big.bin")], cwd=REPO)
-        while not temporaries(tmp_path):
+        while not temporaries(tmp_path) and process.poll() is None:
             time.sleep(0.001)
+        assert process.poll() is None
         process.kill()
         process.wait()
         if left := temporaries(tmp_path):
@@ -136,6 +138,7 @@ def test_a_source_that_was_too_short_is_read_again_when_it_was_mended(tiny, tmp_
 
 HOMES = """
 import json, os, sys, tempfile
+import stentor.files
 import matplotlib, numba
 from huggingface_hub import constants
 from jupyter_core.paths import jupyter_runtime_dir
