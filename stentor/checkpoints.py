@@ -123,6 +123,16 @@ def state_problem(state: dict, step: int) -> str | None:
         return f"step {step:,} of a run of {-(-rows // batch):,}"
 
 
+def new_state(fingerprint: dict) -> dict:
+    """The state of a run that has made no step; what `state_problem` asks for."""
+    return {
+        "step": 0, "updates": 0, "skipped_steps": 0, "best_eval_loss": None, "best_step": None,
+        "seconds": 0.0, "evaluated_step": -1, "metrics_lines": 0, "scaler": {},
+        "window": [0.0, 0, 0], "fingerprint": fingerprint,
+        # for going back: the last good evaluation, skipped steps in a row, the loss's running mean
+        "good_step": -1, "nonfinite": 0, "loss_level": None, "rollbacks": []}
+
+
 def verify_checkpoint(folder: Path) -> str | None:
     """What is wrong with a checkpoint ("model.safetensors does not match its hash"), or None."""
     try:

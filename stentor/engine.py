@@ -82,6 +82,10 @@ class Engine:
         self.autocast_dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=mixed_precision == "fp16")
 
+    def problems(self, recipe: Recipe) -> list[str]:
+        """What in a recipe is not for this kind of device, one sentence each."""
+        return []
+
     def autocast(self):
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
@@ -251,3 +255,19 @@ def evaluate(model, ids: np.ndarray, text_bytes: int, *, block_size: int, batch_
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": total / math.log(2) / text_bytes,
             "tokens": int(count)}
+
+
+def make_measure(recipe: Recipe, store):
+    """measure(model, engine) -> the keys of `evaluate`: by the store's own, or by `evaluate` on its
+    validation tokens."""
+    if hasattr(store, "evaluate"):
+        measure = store.evaluate
+    else:
+        ids, text_bytes = store.validation()
+
+        def measure(model, engine=None):
+            return evaluate(model, ids, text_bytes, block_size=recipe.block_size,
+                            batch_size=recipe.per_device_eval_batch_size, engine=engine)
+    if recipe.torch_compile:          # other shapes in another precision: not worth compiling
+        measure = torch.compiler.set_stance("force_eager")(measure)
+    return measure

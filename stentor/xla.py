@@ -138,7 +138,18 @@ class XlaEngine:
         self.feeder, self.fed = ThreadPoolExecutor(1, thread_name_prefix="feed"), {}
         AttentionInterface.register("stentor_causal", causal_attention)
 
-    # the model
+    def problems(self, recipe) -> list[str]:
+        """What in a recipe is not for XLA, one sentence each."""
+        problems = []
+        if recipe.ema_decay:
+            problems.append(f"ema_decay = {recipe.ema_decay} is not for XLA: set it to None, or "
+                            "use a GPU or the CPU.")
+        if recipe.torch_compile:
+            problems.append("torch_compile = True is not for XLA, which compiles by itself: set it "
+                            "to False.")
+        return problems
+
+    # The model
 
     def attention(self, name: str) -> str:
         return "stentor_causal"

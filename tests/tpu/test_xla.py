@@ -127,7 +127,7 @@ def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
-import sys, stentor_utils as su
+import sys, stentor.launch, stentor.xla
 calls, place = [0], stentor.xla.XlaEngine.place
 def poisoned(self, model):
     model = place(self, model)
