@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from stentor.files import CheckpointError, RunLock, _fsync_folder, _remove
+from stentor.files import CheckpointError, RunLock, fsync_folder, remove
 from stentor.optimizers import BITSANDBYTES_MOMENTS
 from stentor.recipes import Recipe
 
@@ -38,7 +38,7 @@ def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tenso
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*step-*"):              # what a killed run left half-written
-        _remove(left)
+        remove(left)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}"
     files = {f"{name}.safetensors": save({key: value.contiguous() for key, value in group.items()})
@@ -55,17 +55,17 @@ def save_checkpoint(run_dir, step: int, tensors: dict[str, dict[str, torch.Tenso
     except BaseException:                             # a full disk: give back what this took of it
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync_folder(temporary)
+    fsync_folder(temporary)
     if os.path.lexists(final):                        # between the two renames only the temporary one is there: see
         os.rename(final, folder / f".old-{final.name}")       # load_checkpoint
     os.rename(temporary, final)
-    _fsync_folder(folder)
+    fsync_folder(folder)
     good = [path for path in checkpoint_folders(run_dir) if int(path.name[5:]) <= state.get("good_step", -1)][-1:]
     for old in checkpoint_folders(run_dir)[:-keep]:
         if old not in good:                           # renamed first: a half-deleted one must not look complete
             os.rename(old, old.with_name(f".old-{old.name}"))
     for gone in folder.glob(".old-step-*"):           # of a link the link, not what it points to
-        _remove(gone)
+        remove(gone)
     return final
 
 

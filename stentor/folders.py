@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stentor.files import ParameterError, SourceError, _remove, _replace_folder
+from stentor.files import ParameterError, SourceError, remove, replace_folder
 from stentor.hub import hub_folder
 from stentor.precision import rename_weight_master
 from stentor.tokenizer import tokenizer_fit
@@ -56,19 +56,19 @@ def save_model_folder(model, tokenizer, folder, generation: dict | None = None) 
         model = copy.deepcopy(model).merge_and_unload()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):    # what a killed run left half-written
-        _remove(left)
+        remove(left)
     own = model.config, model.generation_config
     model.config, model.generation_config = published_configs(model, tokenizer, generation)
     try:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _replace_folder(temporary, folder)
+        replace_folder(temporary, folder)
     except SafetensorError as error:                  # its own name for a write that failed
         raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
     finally:
         model.config, model.generation_config = own
-        _remove(temporary)
+        remove(temporary)
 
 
 def load_model(folder, **settings):

@@ -27,7 +27,7 @@ from torch import nn
 
 from stentor.files import ParameterError
 from stentor.optimizers import parameter_groups
-from stentor.precision import FP32Layer, Int8Linear, _in_front_of
+from stentor.precision import FP32Layer, Int8Linear, in_front_of
 
 
 # Attention. transformers builds its mask on the host for the attentions it knows, which waits for the device every step;
@@ -162,7 +162,7 @@ class XlaEngine:
             layers = [layer for layer in model.model.layers if not isinstance(layer, FP32Layer)]
             for module in [m for layer in layers for m in layer.modules()] + [model.lm_head]:
                 if isinstance(module, nn.Linear):
-                    module.__class__ = _in_front_of(nn.Linear, BF16Linear)
+                    module.__class__ = in_front_of(nn.Linear, BF16Linear)
         model.to(self.device)
         model.tie_weights()                           # .to() gave lm_head a copy of its own, which would then drift away
         return model
