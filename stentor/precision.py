@@ -22,11 +22,11 @@ def apply_precision_recipe(model, *, fp32_norms=False, fp32_critical_layers=(), 
     model: LlamaForCausalLM with FP32 parameters, before DDP and torch.compile. torch.autocast
     decides about the rest.
     fp32_norms: every RMSNorm. fp32_critical_layers: indices of the layers run in FP32. int8_qat:
-    every linear of the other layers (7 each). fp32_softmax: every attention, if it is eager. On 12
-    layers the cards count
-        Stentor2-12M-Preview  all four; critical {0, 1, 9, 10, 11}   49 INT8, 5, 25 norms, 12 softmax
-        Stentor2-12M          norms; critical {0, 1}; SDPA            0 INT8, 2, 25 norms,  0 softmax
-        Stentor3-20M          norms; critical {0, 11}; SDPA           0 INT8, 2, 25 norms,  0 softmax
+    every linear of the other layers (7 each). fp32_softmax: every attention, if it is eager.
+    On 12 layers the cards count                             INT8  norms  softmax
+        Stentor2-12M-Preview  critical {0, 1, 9, 10, 11}       49     25       12
+        Stentor2-12M          critical {0, 1}, SDPA             0     25        0
+        Stentor3-20M          critical {0, 11}, SDPA            0     25        0
 
     A saved model reloads through AutoModelForCausalLM as a stock Llama with bit-equal weights. In
     eval mode its logits are bit-equal if INT8 is off (under autocast: and no layer is critical),
