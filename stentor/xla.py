@@ -1,10 +1,12 @@
 """The XLA engine: what the one training loop needs from TPUs, and from XLA's CPU backend in tests.
 
-One process, all chips (SPMD): the batch is cut along the mesh axis "data", weights and optimiser are replicated, and XLA puts
-the gradient exchange into the graph. A whole optimiser step is one graph of static shapes: forward, backward, accumulation,
-clipping, the test for a finite gradient, the learning rate, AdamW and the log's sums. The host only sends batches and, once
-a line of the log, reads four numbers; it never waits for the device in between.
-Uses only what torch_xla 2.8 (Kaggle's image) and 2.9 both have. Another TPU backend would replace this file.
+One process, all chips (SPMD): the batch is cut along the mesh axis "data", weights and optimiser
+are replicated, and XLA puts the gradient exchange into the graph. A whole optimiser step is one
+graph of static shapes: forward, backward, accumulation, clipping, the test for a finite gradient,
+the learning rate, AdamW and the log's sums. The host only sends batches and, once a line of the
+log, reads four numbers; it never waits for the device in between.
+Uses only what torch_xla 2.8 (Kaggle's image) and 2.9 both have. Another TPU backend would replace
+this file.
 """
 from __future__ import annotations
 
@@ -30,22 +32,25 @@ from stentor.optimizers import parameter_groups
 from stentor.precision import FP32Layer, Int8Linear, in_front_of
 
 
-# Attention. transformers builds its mask on the host for the attentions it knows, which waits for the device every step;
-# for one registered under a name of its own it builds none.
+# Attention. transformers builds its mask on the host for the attentions it knows, which waits for
+# the device every step; for one registered under a name of its own it builds none.
 
 
 class CausalAttention(torch.autograd.Function):
-    """Causal grouped-query attention in blocks of queries; nothing of size length x length outlives its block.
+    """Causal grouped-query attention in blocks of queries; nothing of size length x length
+    outlives its block.
 
-    The scores of 8 sequences of 4,096 tokens and 10 heads are 2.7 GB a layer in bf16, 12 layers of them twice a v5e's
-    memory, so the backward pass makes them again from q, k and the row's log-sum-exp, as FlashAttention does. A block sees
-    only the keys up to its own last one: the upper half of the square is never computed.
+    The scores of 8 sequences of 4,096 tokens and 10 heads are 2.7 GB a layer in bf16, 12 layers of
+    them twice a v5e's memory, so the backward pass makes them again from q, k and the row's
+    log-sum-exp, as FlashAttention does. A block sees only the keys up to its own last one: the
+    upper half of the square is never computed.
     """
     block = 512                                       # queries
 
     @staticmethod
     def scores(q, k, first, scale):
-        """q (b, kv, g, n, d): queries first .. first + n of each group; k (b, kv, m, d). FP32 (b, kv, g, n, m), masked."""
+        """q (b, kv, g, n, d): queries first .. first + n of each group; k (b, kv, m, d). FP32 (b,
+        kv, g, n, m), masked."""
         b, kv, g, n, d = q.shape
         m = k.shape[2]
         s = (q.reshape(b, kv, g * n, d) @ k.transpose(-1, -2)).reshape(b, kv, g, n, m).float() * scale
@@ -54,7 +59,8 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        """q (b, heads, length, d), k and v (b, kv_heads, length, d), all of one dtype -> (b, heads, length, d)."""
+        """q (b, heads, length, d), k and v (b, kv_heads, length, d), all of one dtype -> (b,
+        heads, length, d)."""
         b, heads, length, d = q.shape
         kv = k.shape[1]
         grouped = q.reshape(b, kv, heads // kv, length, d)
@@ -97,13 +103,15 @@ class CausalAttention(torch.autograd.Function):
 
 
 def causal_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """What transformers calls; rotary embeddings leave q and k in FP32 beside a bf16 v: all get v's dtype."""
+    """What transformers calls; rotary embeddings leave q and k in FP32 beside a bf16 v: all get
+    v's dtype."""
     out = CausalAttention.apply(query.to(value.dtype), key.to(value.dtype), value, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 class BF16Linear:
-    """In front of nn.Linear: bf16 operands and result in training; FP32 in evaluation, which is FP32 everywhere."""
+    """In front of nn.Linear: bf16 operands and result in training; FP32 in evaluation, which is
+    FP32 everywhere."""
 
     def forward(self, x):                             # (batch, length, in) -> (batch, length, out)
         if not self.training:
@@ -114,10 +122,11 @@ class BF16Linear:
 class XlaEngine:
     """The interface of engine.Engine, on every XLA device at once.
 
-    PJRT_DEVICE in the environment says which: "TPU", or "CPU" with CPU_NUM_DEVICES virtual devices.
-    mixed_precision: "bf16" (also for "fp16", which a TPU has not) or "no". Not torch.autocast and never XLA_USE_BF16 (it
-    rounds the master weights): the linears of every layer that is not critical, and lm_head, multiply in bf16; norms,
-    critical layers, rotary embeddings, residual stream, softmax, loss and AdamW are FP32.
+    PJRT_DEVICE in the environment says which: "TPU", or "CPU" with CPU_NUM_DEVICES virtual
+    devices. mixed_precision: "bf16" (also for "fp16", which a TPU has not) or "no". Not
+    torch.autocast and never XLA_USE_BF16 (it rounds the master weights): the linears of every
+    layer that is not critical, and lm_head, multiply in bf16; norms, critical layers, rotary
+    embeddings, residual stream, softmax, loss and AdamW are FP32.
     """
     static_shapes = True
 
@@ -178,7 +187,8 @@ class XlaEngine:
         return copy
 
     def optimizer(self, model, recipe, say=print):
-        """AdamW whose step count and learning rate are tensors on the device: no number that changes is in the graph."""
+        """AdamW whose step count and learning rate are tensors on the device: no number that
+        changes is in the graph."""
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, eps=recipe.adam_epsilon,
             betas=(recipe.adam_beta1, recipe.adam_beta2), capturable=True, foreach=False)
@@ -195,7 +205,8 @@ class XlaEngine:
 
     def begin(self, recipe, state: dict, say) -> None:
         self.recipe = recipe
-        # Of shape (1,), not (): XLA takes a scalar that happens to be 0 or 1 for a constant of the graph, and compiles again.
+        # Of shape (1,), not (): XLA takes a scalar that happens to be 0 or 1 for a constant of the
+        # graph, and compiles again.
         table = [recipe.learning_rate_at(update) for update in range(recipe.total_steps + 1)]
         self.learning_rates = torch.tensor(table, dtype=torch.float32).to(self.device)
         self.updates = torch.tensor([state["updates"]], dtype=torch.int32).to(self.device)
@@ -205,7 +216,8 @@ class XlaEngine:
         self.say, self.skipped = say, state["skipped_steps"]
 
     def micro_batch(self, model, batch: dict, per_device: int, say) -> int:
-        """Sequences a device takes at a time: as the recipe says. Too many are refused by the compiler, at the first step."""
+        """Sequences a device takes at a time: as the recipe says. Too many are refused by the
+        compiler, at the first step."""
         rows = self.recipe.total_batch_size
         if rows % self.devices:
             raise ParameterError([f"the global batch of {rows} sequences does not divide among {self.devices} devices; "
@@ -218,7 +230,8 @@ class XlaEngine:
         return per_device
 
     def _upload(self, batch: dict, rows: int) -> dict:
-        """The batch cut over the devices, with `rows` rows (rows beyond those given count for nothing), and its tokens."""
+        """The batch cut over the devices, with `rows` rows (rows beyond those given count for
+        nothing), and its tokens."""
         given = len(batch["input_ids"])
         labels = F.pad(batch["labels"].int(), (0, 0, 0, rows - given), value=-100)
         ids = F.pad(batch["input_ids"].int(), (0, 0, 0, rows - given))
@@ -229,7 +242,8 @@ class XlaEngine:
         return {"input_ids": ids, "labels": labels, "count": count}
 
     def feed(self, store, step: int) -> dict:
-        """The batch of this step, on the devices already; the next one is read and sent while this one trains."""
+        """The batch of this step, on the devices already; the next one is read and sent while this
+        one trains."""
         def load(step):
             return self._upload(store.batch(step), self.recipe.total_batch_size)
         batch = self.fed.pop(step, None) or self.feeder.submit(load, step)
@@ -238,13 +252,15 @@ class XlaEngine:
         return batch.result()
 
     def step(self, model, optimizer, batch: dict, per_device: int) -> bool | None:
-        """One optimiser step, as one graph; started, not waited for. Whether it was skipped is not known yet: None."""
+        """One optimiser step, as one graph; started, not waited for. Whether it was skipped is not
+        known yet: None."""
         self._describe_step(model, optimizer, batch, per_device)
         torch_xla.sync()
         self.done += 1
 
     def _describe_step(self, model, optimizer, batch: dict, per_device: int) -> None:
-        """The graph of a step. A function of its own: every tensor alive at the sync would be a result to keep in memory."""
+        """The graph of a step. A function of its own: every tensor alive at the sync would be a
+        result to keep in memory."""
         ids, labels = batch["input_ids"].long(), batch["labels"].long()
         parts = len(ids) // (per_device * self.devices)
         loss = 0.0
@@ -284,7 +300,8 @@ class XlaEngine:
         self.window = torch.zeros(1).to(self.device)
 
     def counters(self) -> dict[str, int]:
-        """Graphs compiled and executed so far, for the log: after warm-up the first must stand still."""
+        """Graphs compiled and executed so far, for the log: after warm-up the first must stand
+        still."""
         compiled, executed = met.metric_data("CompileTime"), met.metric_data("ExecuteReplicatedTime")
         return {"compilations": compiled[0] if compiled else 0, "executions": executed[0] if executed else 0}
 
