@@ -150,7 +150,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stentor"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder and all in it, a file, or a link (never what it points to); nothing where there is nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -158,7 +158,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _replace_folder(temporary: Path, folder: Path) -> None:
+def replace_folder(temporary: Path, folder: Path) -> None:
     """Rename `temporary` to `folder`, fsynced and readable as the umask says (what mkstemp made is 0600)."""
     mode = temporary.stat().st_mode & 0o777           # of a folder that was just made: what the umask says
     for path in temporary.rglob("*"):
@@ -167,15 +167,15 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     old = folder.with_name(f".{folder.name}.old")
-    _remove(old)
+    remove(old)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
-    _fsync_folder(folder.parent)
-    _remove(old)
+    fsync_folder(folder.parent)
+    remove(old)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

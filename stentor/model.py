@@ -1,4 +1,5 @@
-"""The model: a stock LlamaForCausalLM with one of the cards' two initialisations, and sampling from it."""
+"""The model: a stock LlamaForCausalLM with one of the cards' two initialisations, and sampling
+from it."""
 from __future__ import annotations
 
 import math
@@ -10,21 +11,25 @@ from stentor.files import ParameterError
 from stentor.shapes import Shape, count_parameters
 from stentor.tokenizer import tokenizer_fit
 
+# Sampling, by the Stentor2-12M card.
+GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.2}
 
-# The model: a stock LlamaForCausalLM with one of the cards' two initialisations.
 
-
-def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal", attn_implementation: str = "sdpa",
-                eos_token_id: int | None = None, bos_token_id: int | None = None):
-    """A freshly initialised transformers.LlamaForCausalLM of this shape, fp32, on the CPU. Same seed, same weights."""
+def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal",
+                attn_implementation: str = "sdpa", eos_token_id: int | None = None,
+                bos_token_id: int | None = None):
+    """A freshly initialised transformers.LlamaForCausalLM of this shape, fp32, on the CPU. Same
+    seed, same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_hidden_layers, num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads, head_dim=shape.head_dim,
         max_position_embeddings=shape.max_position_embeddings, rms_norm_eps=shape.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=shape.tie_word_embeddings, attention_bias=False, mlp_bias=False, hidden_act="silu",
+        tie_word_embeddings=shape.tie_word_embeddings, attention_bias=False, mlp_bias=False,
+        hidden_act="silu",
         eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=eos_token_id,
         attn_implementation=attn_implementation)
     torch.manual_seed(seed)
@@ -39,7 +44,8 @@ def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal",
 def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False) -> None:
     """The cards' initialisation: Linear and Embedding normal(0, 0.02), RMSNorm 1.
 
-    residual_scaled (Stentor3 card, after GPT-2): o_proj and down_proj with std / sqrt(2 x layers), 0.00408 at 12 layers.
+    residual_scaled (Stentor3 card, after GPT-2): o_proj and down_proj with std / sqrt(2 x layers),
+    0.00408 at 12 layers.
     """
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
     for name, module in model.named_modules():
@@ -52,24 +58,14 @@ def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False) 
             nn.init.ones_(module.weight)
 
 
-# Sampling, and saving as a plain Hugging Face folder.
+def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, seed: int = 42,
+             **settings) -> list[str]:
+    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's
+    favourite settings.
 
-GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.2}   # Stentor2-12M card
-
-
-def prompt_problems(prompts) -> list[str]:
-    """One sentence for each prompt that is not a text; an empty one is a text, it continues from EOS."""
-    if not isinstance(prompts, (list, tuple)):
-        return [f"prompts = {prompts!r} must be a list of texts."]
-    return [f"prompts[{i}] = {prompt!r} must be a text (\"\" continues from EOS)."
-            for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-
-
-def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, seed: int = 42, **settings) -> list[str]:
-    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's favourite settings.
-
-    An empty prompt continues from EOS, which in training stands before each document. Raises ParameterError for a prompt
-    that is no text, or a tokenizer of more tokens than the model has rows, before any is continued.
+    An empty prompt continues from EOS, which in training stands before each document. Raises
+    ParameterError for a prompt that is no text, or a tokenizer of more tokens than the model has
+    rows, before any is continued.
     """
     if problems := prompt_problems(prompts) + tokenizer_fit(tokenizer, model.config.vocab_size):
         raise ParameterError(problems)
@@ -81,8 +77,19 @@ def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, 
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
         ids = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=ids.shape[1] + max_new_tokens,
-                                 use_cache=True, pad_token_id=tokenizer.eos_token_id, **{**GENERATION, **settings})
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids),
+                max_length=ids.shape[1] + max_new_tokens, use_cache=True,
+                pad_token_id=tokenizer.eos_token_id, **{**GENERATION, **settings})
         texts.append(tokenizer.decode(out[0, ids.shape[1]:].tolist(), skip_special_tokens=True))
     model.train(was_training)
     return texts
+
+
+def prompt_problems(prompts) -> list[str]:
+    """One sentence for each prompt that is not a text; an empty one is a text, it continues from
+    EOS."""
+    if not isinstance(prompts, (list, tuple)):
+        return [f"prompts = {prompts!r} must be a list of texts."]
+    return [f"prompts[{i}] = {prompt!r} must be a text (\"\" continues from EOS)."
+            for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]

@@ -1,4 +1,5 @@
-"""Publishing to the hub: a dry run first, a private repository, and no folder in which a secret is found."""
+"""Publishing to the hub: a dry run first, a private repository, and no folder in which a secret is
+found."""
 from __future__ import annotations
 
 import os
@@ -15,7 +16,8 @@ UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", "
 
 
 def find_token() -> str | None:
-    """The hub token from Kaggle's secrets (label HF_TOKEN) or the environment variable HF_TOKEN; None without either."""
+    """The hub token from Kaggle's secrets (label HF_TOKEN) or the environment variable HF_TOKEN;
+    None without either."""
     try:
         from kaggle_secrets import UserSecretsClient
         return UserSecretsClient().get_secret("HF_TOKEN")
@@ -24,7 +26,8 @@ def find_token() -> str | None:
 
 
 def upload_plan(folder) -> tuple[list[Path], list[str]]:
-    """(files to upload, what is left out and why): plain visible files of the kinds that a model folder is made of."""
+    """(files to upload, what is left out and why): plain visible files of the kinds that a model
+    folder is made of."""
     folder, files, left_out = Path(folder), [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -40,9 +43,11 @@ def upload_plan(folder) -> tuple[list[Path], list[str]]:
 
 
 def find_secrets(files, values: tuple[str, ...] = ()) -> list[str]:
-    """"<file>: <kind of secret>" for everything in `files` that looks like a secret or holds one of `values`.
+    """"<file>: <kind of secret>" for everything in `files` that looks like a secret or holds one
+    of `values`.
 
-    Bytes are searched, weights included. Also looked for: `secret_values` of the environment. No value is ever returned.
+    Bytes are searched, weights included. Also looked for: `secret_values` of the environment. No
+    value is ever returned.
     """
     known = {"the token itself": values,
              **{f"the value of ${name}": (value,) for name, value in secret_values().items() if len(value) >= 12}}
@@ -56,11 +61,13 @@ def find_secrets(files, values: tuple[str, ...] = ()) -> list[str]:
 
 def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ...] = (), endpoint: str | None = None
             ) -> list[str]:
-    """Upload run_dir/final to the private hub repository `repo_id`; with dry_run only say what would be uploaded.
+    """Upload run_dir/final to the private hub repository `repo_id`; with dry_run only say what
+    would be uploaded.
 
-    Returns the lines to show: every file with its size, what is left out, what is wrong. The token comes from `find_token`.
-    Raises ParameterError, before any upload, for a number in the card with no file (see check_model_card for `allow`), for
-    anything that looks like a secret, for a missing token, and for a repository that is public already.
+    Returns the lines to show: every file with its size, what is left out, what is wrong. The token
+    comes from `find_token`. Raises ParameterError, before any upload, for a number in the card
+    with no file (see check_model_card for `allow`), for anything that looks like a secret, for a
+    missing token, and for a repository that is public already.
     """
     folder = Path(run_dir) / "final"
     files, left_out = upload_plan(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stentor.files import ParameterError, SourceError, StentorError, _replace_folder
+from stentor.files import ParameterError, SourceError, StentorError, replace_folder
 from stentor.hub import hub_folder
 from stentor.recipes import Recipe
 from stentor.shapes import count_parameters
@@ -143,7 +143,7 @@ def save_tokenizer(tokenizer, folder) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         tokenizer.save_pretrained(temporary)
-        _replace_folder(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -35,11 +35,17 @@ import torch               # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
+import stentor.engine                                  # noqa: E402
+import stentor.learner                                 # noqa: E402
+import stentor.train                                   # noqa: E402
 import stentor_utils as su                             # noqa: E402
 
 PHASES = ["between", "a step's micro-batches", "evaluation", "saving a checkpoint", "deleting an old one", "saving a model",
           "loading"]
-WATCHED = {"accumulate_gradients": 1, "evaluate": 2, "save_checkpoint": 3, "save_model_folder": 5, "load_checkpoint": 6}
+# each function in the module that calls it
+WATCHED = [(stentor.engine, "accumulate_gradients", 1), (stentor.engine, "evaluate", 2),
+           (stentor.train, "save_checkpoint", 3), (stentor.learner, "save_model_folder", 5),
+           (stentor.train, "load_checkpoint", 6)]
 
 
 def soak_recipe(store_dir, steps: int = 16) -> su.Recipe:
@@ -88,8 +94,8 @@ def start(recipe, store_dir, run_dir: Path) -> tuple[int, Board]:
         log = os.open(run_dir / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        for name, phase in WATCHED.items():
-            board.watch(su, name, phase)
+        for module, name, phase in WATCHED:
+            board.watch(module, name, phase)
         board.watch(shutil, "rmtree", 4)
         board.entered[0] = 1                          # from here on the parent's clock runs
         su.train(recipe, su.TokenStore(store_dir, recipe), run_dir)

@@ -149,7 +149,7 @@ def test_int8_gradient_is_the_straight_through_one(training):
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     out.backward(g)
     torch.manual_seed(7)  # the same rounding, seen from outside
-    (xq, xs), (wq, ws) = stentor.precision._int8_codes(x.detach(), training), stentor.precision._int8_codes(linear.weight.detach(), training)
+    (xq, xs), (wq, ws) = stentor.precision.int8_codes(x.detach(), training), stentor.precision.int8_codes(linear.weight.detach(), training)
     xq, wq = xq * xs, wq * ws
     assert torch.equal(out, F.linear(xq, wq))
     assert torch.equal(x.grad, g @ wq)
@@ -162,17 +162,17 @@ def test_int8_gradient_is_the_straight_through_one(training):
 
 def test_int8_nearest_codes_follow_the_formula():
     x = torch.cat([torch.randn(5, 33) * 10.0 ** torch.arange(-2, 3)[:, None], torch.zeros(1, 33)])
-    codes, scales = stentor.precision._int8_codes(x, False)
+    codes, scales = stentor.precision.int8_codes(x, False)
     assert torch.equal(scales, scale(x))
     assert torch.equal(codes, torch.round(x / scale(x)).clamp(-127, 127).to(torch.int8))
-    assert torch.equal(codes, stentor.precision._int8_codes(x, False)[0])
+    assert torch.equal(codes, stentor.precision.int8_codes(x, False)[0])
 
 
 def test_stochastic_rounding_is_unbiased():
     torch.manual_seed(0)
     values = torch.tensor([127.0, -127, 0, 3, 0.02, 0.25, 0.5, 0.9, -0.1, -41.5, 100.75])  # scale 1: code = value
     draws = 40_000
-    codes, scales = stentor.precision._int8_codes(values.repeat(draws, 1), True)
+    codes, scales = stentor.precision.int8_codes(values.repeat(draws, 1), True)
     assert torch.allclose(scales, torch.ones(1))
     codes = codes.float()
     assert ((codes == values.floor()) | (codes == values.ceil())).all()

@@ -22,8 +22,11 @@ from conftest import REPO
 
 import lint
 import stentor.engine
+import stentor.learner
 import stentor.secrets
+import stentor.stopping
 import stentor.tokens
+import stentor.train
 import stentor_utils as su
 
 
@@ -348,7 +351,7 @@ def test_exit_codes_before_the_loop(tiny, micro, tmp_path, number, code):
     """A signal while the process still builds its model: the documented exit code, nothing half-written."""
     (tmp_path / "run.json").write_text(json.dumps({"recipe": micro.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
-    script = ("import os, sys, stentor.commands, stentor.train as loop\nbuild = loop.build_model\n"
+    script = ("import os, sys, stentor.commands, stentor.learner as loop\nbuild = loop.build_model\n"
               f"loop.build_model = lambda *a, **k: (os.kill(os.getpid(), {int(number)}), build(*a, **k))[1]\n"
               "sys.exit(stentor.commands.main(['train', sys.argv[1]]))")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.json")], cwd=REPO, capture_output=True, text=True)
@@ -388,7 +391,8 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
     def slow_save(*args):
         spend("save")
         return save(*args)
-    monkeypatch.setattr(stentor.train, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime, time_ns=time.time_ns))
+    for module in (stentor.train, stentor.stopping):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(stentor.train, "save_checkpoint", slow_save)
     stops, trained, margins = 0, 0, []
     recipe = dataclasses.replace(micro, token_budget=32 * 4 * 16, save_every_minutes=4, logging_steps=100, eval_steps=16,
@@ -474,7 +478,7 @@ def poison(monkeypatch, bad_steps: dict):
         model = build(*args, **kwargs)
         model.model.norm.weight.register_hook(lambda grad: grad * bad_steps.get(now[0], 1.0))
         return model
-    monkeypatch.setattr(stentor.train, "build_model", build_poisoned)
+    monkeypatch.setattr(stentor.learner, "build_model", build_poisoned)
 
     def at(step, batch):
         now[0] = step

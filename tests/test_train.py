@@ -238,8 +238,9 @@ def test_an_infinite_gradient_on_one_process_skips_the_step_on_all(tiny, tmp_pat
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
 import os, sys, torch
-import stentor.commands, stentor.train
-calls, build = [0], stentor.train.build_model
+import stentor.commands
+import stentor.learner
+calls, build = [0], stentor.learner.build_model
 def poisoned_model(*args, **kwargs):
     model = build(*args, **kwargs)
     def hook(gradient):                       # runs before DDP's exchange; once a micro-batch, and once in the probe
@@ -247,7 +248,7 @@ def poisoned_model(*args, **kwargs):
         return gradient * float("inf") if os.environ["RANK"] == "1" and calls[0] == 4 else gradient
     model.model.norm.weight.register_hook(hook)
     return model
-stentor.train.build_model = poisoned_model
+stentor.learner.build_model = poisoned_model
 sys.exit(stentor.commands.main(["train", sys.argv[1]]))
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

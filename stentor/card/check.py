@@ -1,7 +1,8 @@
 """Writing a model card, and holding one against the files of its run.
 
-The check can do without trusting the card: it fills the marks again from the files as they are now, holds the numbers of
-README.md against them one by one, and refuses any number that stands in our prose outside ALLOWED_PROSE.
+The check can do without trusting the card: it fills the marks again from the files as they are
+now, holds the numbers of README.md against them one by one, and refuses any number that stands in
+our prose outside ALLOWED_PROSE.
 """
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from stentor.files import ParameterError, sha256, write_atomically
 from stentor.recipes import Recipe
 from stentor.tokenizer import load_tokenizer, tokenizer_sha256
 
-# The only numbers that our own prose may hold: confidence level, counts in formulas, names. Whole phrases, not digits.
+# The only numbers that our own prose may hold: confidence level, counts in formulas, names. Whole
+# phrases, not digits.
 ALLOWED_PROSE = ("95% interval", "95% Wilson interval", "apache-2.0", "2 × hidden", "3 × hidden", "× (2 ×", "+ 2 ×", "× 3 ×",
                  "× 2 ×", "FP32", "INT8", "/ 3,600,000", "UTF-8")
 
 
 def description_problems(run_dir) -> list[str]:
-    """What in the files that describe a run is not of the run that its checkpoints hold, one sentence each."""
+    """What in the files that describe a run is not of the run that its checkpoints hold, one
+    sentence each."""
     run_dir = Path(run_dir)
     state, facts = newest_state(run_dir), Facts(run_dir)
     try:
@@ -49,12 +52,14 @@ def description_problems(run_dir) -> list[str]:
 
 def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = None, watts: float | None = None,
                      license: str = "apache-2.0", language: str = "en") -> Path:
-    """Write run_dir/final/README.md from the files of the run, and run_dir/model_card.json; returns the card's path.
+    """Write run_dir/final/README.md from the files of the run, and run_dir/model_card.json;
+    returns the card's path.
 
-    name: the model's name, by default the folder's. repo_id: what the loading example names, by default `name`. watts: mean
-    power draw of the whole machine for the energy estimate; by default ASSUMED_WATTS for each GPU or CPU core.
-    model_card.json holds these parameters, the SHA-256 of each file that was read, and where each figure is from.
-    Raises ParameterError where there is no final/ to describe, or where the files are of another run than its checkpoints.
+    name: the model's name, by default the folder's. repo_id: what the loading example names, by
+    default `name`. watts: mean power draw of the whole machine for the energy estimate; by default
+    ASSUMED_WATTS for each GPU or CPU core. model_card.json holds these parameters, the SHA-256 of
+    each file that was read, and where each figure is from. Raises ParameterError where there is no
+    final/ to describe, or where the files are of another run than its checkpoints.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "final" / "config.json").is_file():
@@ -81,7 +86,8 @@ def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = 
 
 
 def inputs_of(facts: Facts) -> dict[str, str]:
-    """{file: SHA-256} of every file that the card was made from, and of the weights that it describes."""
+    """{file: SHA-256} of every file that the card was made from, and of the weights that it
+    describes."""
     files = [file for file, content in facts.files.items() if content is not None and (facts.folder / file).is_file()]
     weights = [f"final/{path.name}" for path in sorted((facts.folder / "final").glob("*.safetensors"))]
     return {file: sha256(facts.folder / file) for file in [*sorted(files), *weights] if file != "model_card.json"}
@@ -96,11 +102,13 @@ def typed_numbers(template: str) -> list[str]:
 
 
 def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with run_dir/final/README.md, one sentence each; an empty list: every number has its file.
+    """What is wrong with run_dir/final/README.md, one sentence each; an empty list: every number
+    has its file.
 
-    The card is made again from the files as they are now, and its numbers are compared with those of README.md, in order.
-    Also wrong: an input that changed or went since the card was written, a number that the suite's prose itself holds
-    without a file, metadata that huggingface_hub cannot parse. allow: numbers that you typed into the card on purpose.
+    The card is made again from the files as they are now, and its numbers are compared with those
+    of README.md, in order. Also wrong: an input that changed or went since the card was written, a
+    number that the suite's prose itself holds without a file, metadata that huggingface_hub cannot
+    parse. allow: numbers that you typed into the card on purpose.
     """
     from huggingface_hub import ModelCard
     run_dir = Path(run_dir)

@@ -1,6 +1,7 @@
 """Values of a model card and where they come from.
 
-Card text is written with marks where values go. A mark remembers file, path and format; the values are filled in at the end.
+Card text is written with marks where values go. A mark remembers file, path and format; the values
+are filled in at the end.
 """
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from stentor.published import ALL_RECIPES
 
 NOT_MEASURED = "not measured"
 MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
-# A number and what is glued to it (4.9041, 240,001,024, 12M, v5e-8, 1e-05): any word with a digit in it.
+# A number and what is glued to it (4.9041, 240,001,024, 12M, v5e-8, 1e-05): any word with a digit
+# in it.
 NUMBER = re.compile(r"[\w+.,%-]*\d[\w+.,%-]*")
 
 
@@ -23,14 +25,16 @@ NUMBER = re.compile(r"[\w+.,%-]*\d[\w+.,%-]*")
 
 @dataclass(frozen=True)
 class Figure:
-    """Something in the card that is not our prose: its text, the file it is from, and the place in it or the formula."""
+    """Something in the card that is not our prose: its text, the file it is from, and the place in
+    it or the formula."""
     text: str
     file: str
     path: str
 
 
 class Facts:
-    """The files of a run folder, and the figures taken from them in the order in which they were asked for.
+    """The files of a run folder, and the figures taken from them in the order in which they were
+    asked for.
 
     `show`, `derive` and the others return a mark to write into the text, or "not measured".
     """
@@ -39,7 +43,8 @@ class Facts:
         self.folder, self.files, self.figures = Path(run_dir), {}, []
 
     def read(self, file: str):
-        """The parsed .json, .jsonl (list of rows) or .csv (list of dicts of text); None where it is not there or broken."""
+        """The parsed .json, .jsonl (list of rows) or .csv (list of dicts of text); None where it
+        is not there or broken."""
         if file not in self.files:
             path, content = self.folder / str(file), None
             try:
@@ -60,7 +65,8 @@ class Facts:
         return self.files[file]
 
     def get(self, file: str, *path):
-        """The value at `path` in `file`; None where it is not there, empty, or not a finite number."""
+        """The value at `path` in `file`; None where it is not there, empty, or not a finite
+        number."""
         value = self.read(file)
         for key in path:
             try:
@@ -74,13 +80,15 @@ class Facts:
         return f"FIGUREx{len(self.figures) - 1}x"
 
     def show(self, file: str, *path, form=",") -> str:
-        """The value at `path`: a number by the format `form`, or through `form` where that is a function."""
+        """The value at `path`: a number by the format `form`, or through `form` where that is a
+        function."""
         value = self.get(file, *path)
         text = None if value is None else write(value, form)
         return NOT_MEASURED if text is None else self.mark(text, file, ".".join(map(str, path)))
 
     def derive(self, compute, form, formula: str, *inputs) -> str:
-        """compute(values of the inputs), each input a (file, *path); "not measured" when one of them is missing."""
+        """compute(values of the inputs), each input a (file, *path); "not measured" when one of
+        them is missing."""
         values = [self.get(*place) for place in inputs]
         text = None
         if None not in values:
@@ -138,7 +146,8 @@ def fill(text: str, figures: list[Figure]) -> tuple[str, list[tuple[int, int, Fi
 # The card, section by section.
 
 def own_recipe(facts: Facts) -> str | None:
-    """The published recipe that the run's recipe comes from, as the name of a file of `Facts`; None for an own one."""
+    """The published recipe that the run's recipe comes from, as the name of a file of `Facts`;
+    None for an own one."""
     name = str(facts.get("run.json", "recipe", "name") or "").removesuffix("-cpu")
     return f"published recipe {name}" if name in ALL_RECIPES else None
 
@@ -151,6 +160,7 @@ def benchmark_rows(facts: Facts) -> tuple[str | None, list[int]]:
 
 
 def yaml_text(value) -> str:
-    """Any text as one quoted line of YAML. JSON is not it: its \\ud83d\\ude00 for an emoji is read as two broken halves."""
+    """Any text as one quoted line of YAML. JSON is not it: its \\ud83d\\ude00 for an emoji is read
+    as two broken halves."""
     import yaml
     return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=math.inf).strip()

@@ -14,7 +14,8 @@ from stentor.shapes import Shape, count_parameters, parameter_budget
 
 
 def metadata(facts: Facts) -> str:
-    """The YAML head: huggingface_hub's ModelCardData with an EvalResult for every score; values are marks still."""
+    """The YAML head: huggingface_hub's ModelCardData with an EvalResult for every score; values
+    are marks still."""
     from huggingface_hub import EvalResult, ModelCardData
 
     def quoted(file, *path):
@@ -154,7 +155,8 @@ def instruct(facts: Facts) -> str:
 
 
 def phases(facts: Facts, file: str) -> list[str]:
-    """A row for each phase of the delivered recipe: losses from the phase's own metrics, the rest from the summary."""
+    """A row for each phase of the delivered recipe: losses from the phase's own metrics, the rest
+    from the summary."""
     lines = ["| phase | examples | steps | loss before | loss after |", "|---|---|---|---|---|"]
     for number in range(1, 100):
         metrics = f"instruct/sft_metrics-{facts.get(file, 'deliver')}-phase{number}.jsonl"
@@ -405,7 +407,8 @@ what they hold. Do not rely on it for facts, advice or decisions.
 
 
 def cautions(facts: Facts, file: str) -> list[str]:
-    """A paragraph for each score of benchmark/results.csv that contexts were cut for, or where choices tie."""
+    """A paragraph for each score of benchmark/results.csv that contexts were cut for, or where
+    choices tie."""
     lines = []
     for i, row in enumerate(facts.read(file)):
         where = " of ".join(facts.show(file, i, key, form=cell) for key in ("task", "model"))
@@ -419,15 +422,17 @@ def cautions(facts: Facts, file: str) -> list[str]:
     return lines
 
 
-# Mean power draw that the energy estimate assumes where the caller names none, in watts for one device or core.
-# cuda: board power limit of a T4 (NVIDIA T4 datasheet), so an upper bound; cpu: our guess. A v5e's is not published.
+# Mean power draw that the energy estimate assumes where the caller names none, in watts for one
+# device or core. cuda: board power limit of a T4 (NVIDIA T4 datasheet), so an upper bound; cpu:
+# our guess. A v5e's is not published.
 ASSUMED_WATTS = {"cuda": 70.0, "cpu": 10.0}
 
 
 # Writing and checking.
 
 def assumed_watts(facts: Facts) -> tuple[float | None, str]:
-    """(mean power draw in watts to assume for the run's device, the assumption in words); None where there is no basis."""
+    """(mean power draw in watts to assume for the run's device, the assumption in words); None
+    where there is no basis."""
     device, processes = str(facts.get("summary.json", "device") or ""), facts.get("summary.json", "processes") or 1
     cores = facts.get("environment.json", "cpu_count")
     if device.startswith("cuda"):
