@@ -6,6 +6,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
 
     secrets files       errors for readers, atomic writes, run locks; what a secret looks like
     parameters session  rules for notebook parameters; hardware, deadline, run folder
+    rules               a rule beside each field: how a shape and a recipe check themselves
     shapes recipes      what decides a run; `published` holds every card's recipe
     hub formats corpus  asking the hub; reading people's files; the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe

@@ -76,7 +76,8 @@ def test_a_run_json_with_bad_values_is_refused_in_a_sentence(tiny, tmp_path):
 @pytest.mark.parametrize("override, said", [
     ({"sources": [{"name": "a", "path": "p", "colour": 1}]}, "'colour' is not a field of a source"),
     ({"sources": [{"name": "a"}]}, "has no path"), ({"sources": "local:prose"}, "must be a list of sources"),
-    ({"sources": [3]}, "must be a list of sources"), ({"sources": []}, "sources is empty"),
+    ({"sources": [3]}, "must be a list of sources"), ({"sources": 3}, "must be a list of sources"),
+    ({"sources": []}, "sources is empty"),
     ({"sources": [{"name": "a", "path": "p"}] * 2}, "'a' is the name of two sources"),
     ({"sources": [{"name": "../a", "path": "p"}]}, "must be a plain name"),
     ({"sources": [{"name": "a", "path": "p", "weight": "1"}]}, "weights of the sources"),
