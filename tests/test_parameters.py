@@ -200,10 +200,13 @@ def test_a_tokenizer_that_does_not_belong_is_refused_or_said(tiny):
     bpe = dataclasses.replace(su.RECIPES["stentor-12m"], shape=dataclasses.replace(recipe.shape, vocab_size=size))
     assert "TokenMonster" in stentor.tokenizer.tokenizer_misfit(bpe, tiny.tokenizer)
 
-    class Large(list):
-        vocabulary = None
-    with pytest.raises(su.ParameterError, match="66,256 does not fit the uint16 token store"):
-        su.fit_to_tokenizer(twin, Large(range(66_256)), said.append)
+    class Large:
+        eos_token_id = 0
+
+        def get_vocab(self):
+            return {"the last": 66_255}
+    with pytest.raises(su.ParameterError, match="ids up to 66,255, but a token store keeps 16 bits"):
+        su.fit_to_tokenizer(twin, Large(), said.append)
 
 
 def test_a_run_finds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
