@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from stentor.files import FeedStopped, ParameterError, SourceError, write_atomically
-from stentor.tokens import TokenStore, plan_sources, prepare_tokens, source_names
+from stentor.preparing import prepare_tokens
+from stentor.tokens import TokenStore, plan_sources, source_names
 
 
 # The store that is filled while training reads it: one folder and one worker process a source. Sequences are shuffled
