@@ -139,29 +139,30 @@ def _check_readable(sources, progress) -> None:
         if not source.path.startswith(("hf:", "local:")):
             visible = _visible_files(Path(source.path))
             if others := [path.name for path in visible if not _is_data(path.name)]:
+                more = f" and {len(others) - 5} more" if len(others) > 5 else ""
                 progress(f"source {source.name}: not read in {source.path}: "
-                         + ", ".join(others[:5]) + f" and {len(others) - 5} more" * (len(others) > 5))
+                         f"{', '.join(others[:5])}{more}")
 
 
 def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -> Source:
-    """A hub source at the commit that the store's tokens came from so far; other sources as they are.
+    """A hub source at the commit that the store's tokens came from so far; others as they are.
 
-    At the beginning it is the one that the source's revision names now.
+    At the beginning it is the commit that the source's revision names now.
     """
     if not source.path.startswith("hf:"):
         return source
     commit, now = entry["revision"], source if complete else pin_revision(source, **reading)
     there = f"source {source.name}: the store holds {source.path} at revision {commit}"
     if commit and source.revision and now.revision != commit and len(now.revision) == 40:
-        raise ParameterError([f"{there}, wanted is {now.revision}; set revision to the former to go "
-                              "on, or choose another folder."])
+        raise ParameterError([f"{there}, wanted is {now.revision}; set revision to the former to "
+                              "go on, or choose another folder."])
     if commit and now.revision != commit and not complete:
         url = f"api/datasets/{source.path[3:]}/revision/{commit}"
         try:
             _hub_read(source, url, "the revision", **reading)
         except ParameterError:
-            raise ParameterError([f"{there}, which the hub no longer gives; it is at {now.revision} "
-                                  "now. Choose another folder."]) from None
+            raise ParameterError([f"{there}, which the hub no longer gives; it is at "
+                                  f"{now.revision} now. Choose another folder."]) from None
     entry["revision"] = commit or now.revision
     return dataclasses.replace(source, revision=entry["revision"])
 
@@ -281,7 +282,7 @@ class _ShardWriter:
             self.characters += len(text)
 
     def pack(self, *, last: bool = False) -> None:
-        """Encode what was added and write the shards that it fills; with `last` all that is over."""
+        """Encode what was added and write the shards that it fills; with `last` all of it."""
         if self.texts:
             self._encode()
         while len(self.pending) >= self.shard_tokens or (last and len(self.pending)):
@@ -310,10 +311,10 @@ class _ShardWriter:
 
     def finish(self, wanted: int) -> None:
         """Say that the source is full; ParameterError where it gave no training document at all."""
-        if not self.entry["tokens"]:                  # nothing is written: with other documents it goes on
+        if not self.entry["tokens"]:                  # the store stays as it is: more may come
             held = self.entry["validation"]["documents"]
             raise ParameterError([_too_few(self.source, held, held, self.entry["skipped"])])
-        self.entry["filled"] = wanted                 # only now: a kill before this must come back here
+        self.entry["filled"] = wanted                 # only now: a kill before comes back here
         self.store.save_manifest()
 
 

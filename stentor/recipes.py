@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a pretraining run, and the rules for it."""
+"""A recipe: everything that decides a pretraining run, and what must be true of it."""
 from __future__ import annotations
 
 import dataclasses
@@ -307,12 +307,16 @@ def _context(recipe: Recipe):
                f"{longest}.")
 
 
-@about(_BETWEEN, "fp32_critical_first", "fp32_critical_last", "shape.num_hidden_layers")
-def _critical_layers(recipe: Recipe):
-    layers = recipe.shape.num_hidden_layers
-    for name in ("fp32_critical_first", "fp32_critical_last"):
-        if getattr(recipe, name) > layers:
-            yield f"{name} = {getattr(recipe, name)} must be at most {layers:,}."
+@about(_BETWEEN, "fp32_critical_first", "shape.num_hidden_layers")
+def _critical_first(recipe: Recipe):
+    if recipe.fp32_critical_first > (layers := recipe.shape.num_hidden_layers):
+        yield f"fp32_critical_first = {recipe.fp32_critical_first} must be at most {layers:,}."
+
+
+@about(_BETWEEN, "fp32_critical_last", "shape.num_hidden_layers")
+def _critical_last(recipe: Recipe):
+    if recipe.fp32_critical_last > (layers := recipe.shape.num_hidden_layers):
+        yield f"fp32_critical_last = {recipe.fp32_critical_last} must be at most {layers:,}."
 
 
 @about(_BETWEEN, "lr_scheduler_type", "warmup_ratio", "stable_ratio")
