@@ -6,10 +6,12 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
 
     secrets files       errors for readers, atomic writes, run locks; what a secret looks like
     parameters session  rules for notebook parameters; hardware, deadline, run folder
+    rules               a rule beside each field: how a shape and a recipe check themselves
     shapes recipes      what decides a run; `published` holds every card's recipe
     hub formats corpus  asking the hub; reading people's files; the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe
-    tokens growing      the token store, and the one that is filled while training reads it
+    preparing tokens    the token store: how it is filled, how it is read
+    growing             the one that is filled while training reads it
     precision model     the cards' precision techniques; build, initialise, sample
     folders loss        saved models; the loss without logits in memory
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
@@ -42,6 +44,7 @@ from stentor.optimizers import parameter_groups                                 
 from stentor.parameters import (                                                                    # noqa: F401
     check_notebook_parameters, generation_settings, items, number, run_name, string, writable_folder)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
+from stentor.preparing import prepare_tokens                                                        # noqa: F401
 from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, find_recipe                           # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
@@ -52,7 +55,7 @@ from stentor.sources import clean_documents, documents, pin_revision            
 from stentor.tokenizer import (                                                                     # noqa: F401
     encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_problem,
     tokenizer_sha256, vocabulary_rows)
-from stentor.tokens import TokenStore, plan_sources, prepare_tokens, source_names                   # noqa: F401
+from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 
 

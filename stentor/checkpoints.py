@@ -19,7 +19,8 @@ import torch
 
 from stentor.files import CheckpointError, RunLock, fsync_folder, remove
 from stentor.optimizers import BITSANDBYTES_MOMENTS
-from stentor.recipes import Recipe
+from stentor.recipes import RESUME, Recipe
+from stentor.rules import free_fields
 
 
 def checkpoint_folders(run_dir) -> list[Path]:
@@ -292,10 +293,7 @@ def _restore_moment(optimizer, parameter, moment: str, value: torch.Tensor) -> N
 
 def recipe_fingerprint(recipe: Recipe) -> dict:
     """What must be equal for a checkpoint to be continued; cadences and micro-batch sizes may change, these may not."""
-    free = {"name", "published", "unpublished", "per_device_train_batch_size", "per_device_eval_batch_size", "num_processes",
-            "gradient_accumulation_steps", "eval_steps", "best_eval_steps", "best_eval_start_step", "save_every_minutes",
-            "save_total_limit", "logging_steps", "gradient_checkpointing", "budget_check", "torch_compile",
-            "sources"}
+    free = free_fields(Recipe, RESUME)
     values = {key: value for key, value in recipe.to_dict().items() if key not in free}
     values |= {"total_batch_size": recipe.total_batch_size, "sequences_to_train": recipe.sequences_to_train,
                "source_weights": {source.name: source.weight for source in recipe.sources}}

@@ -20,33 +20,33 @@ from stentor.secrets import redact
 
 
 class StentorError(Exception):
-    """An error whose message is written for the reader: a notebook shows it, not the stack (IPython asks for it here)."""
+    """An error whose message is written for the reader: a notebook shows it, not the stack.
+
+    (IPython asks for it here.)
+    """
 
     def _render_traceback_(self):
         return [f"{type(self).__name__}: {redact(str(self))}"]
 
 
 class ParameterError(StentorError, ValueError):
-    """Raised before any work starts; the message lists every problem found, one sentence each, and no secret."""
+    """Raised before any work starts; lists every problem, one sentence each, and no secret."""
 
     def __init__(self, problems: list[str]):
         self.problems = [redact(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
     def _render_traceback_(self):
-        return ["Parameters refused, nothing was started:"] + [f"  - {problem}" for problem in self.problems]
+        return ["Parameters refused, nothing was started:",
+                *(f"  - {problem}" for problem in self.problems)]
 
 
 class SourceError(StentorError, RuntimeError):
-    """A source could not be read on. What the store holds stays, and the same call goes on from there."""
+    """A source could not be read on. What the store holds stays; the same call goes on from it."""
 
 
 class FeedStopped(StentorError, RuntimeError):
     """A worker process ended before it gave what training waits for; the message is its error."""
-
-
-# Checkpoints: safetensors + JSON, never pickle. Written to a temporary folder, fsynced, hashed, renamed; the newest that
-# verifies is loaded. No RNG state is kept: each step seeds itself from (seed, step), so there is none to lose.
 
 
 class CheckpointError(StentorError, RuntimeError):
@@ -58,9 +58,10 @@ class TrainingFailed(StentorError, RuntimeError):
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a run killed at any instant, sees the old content or the new, never a part.
+    """Write a file so that a reader sees the old content or the new, never a part.
 
-    A symbolic link stays one: what it names is written. What killed writers of this file left beside it is removed.
+    So does a run killed at any instant. A symbolic link stays one: what it names is written. What
+    killed writers of this file left beside it is removed.
     """
     path = Path(os.path.realpath(path))
     remove_leftovers(path.parent, glob.escape(path.name))
@@ -77,10 +78,13 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def _open_locked(path: Path):
-    """A new file, locked (flock): while its writer lives nobody takes it for a leftover, whatever its process id is."""
+    """A new file, locked (flock): nobody takes it for a leftover while its writer lives.
+
+    Whatever the writer's process id is.
+    """
     while True:
         file = open(path, "wb")
-        with contextlib.suppress(OSError):            # a file system without locks: then nothing is ever removed
+        with contextlib.suppress(OSError):            # without locks nothing is ever removed
             fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -89,7 +93,10 @@ def _open_locked(path: Path):
 
 
 def remove_leftovers(folder, names: str) -> None:
-    """Remove the temporaries of `write_atomically` for `names` (a glob) whose writers were killed; never a live one's."""
+    """Remove the temporaries of `write_atomically` for `names` (a glob) of killed writers.
+
+    Never those of a live one.
+    """
     for left in Path(folder).glob(f".{names}.[0-9]*"):
         with contextlib.suppress(OSError), open(left, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,10 +112,11 @@ def _can_write(folder) -> bool:
 
 
 def find_home() -> None:
-    """Give this process and its children a home folder where there is none that can be written, and say so.
+    """Give this process and its children a home where there is none that can be written; say so.
 
-    The hub's cache, matplotlib, numba, IPython, Jupyter and torch's compiler all write below ~. The new one is in
-    $STENTOR_CACHE, else in a folder of this user in the temporary one. Only ~/.cache cannot be written: only it moves.
+    The hub's cache, matplotlib, numba, IPython, Jupyter and torch's compiler all write below ~. The
+    new one is in $STENTOR_CACHE, else in a folder of this user in the temporary one. Only ~/.cache
+    cannot be written: only it moves.
     """
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
@@ -121,26 +129,30 @@ def find_home() -> None:
     token = os.path.join(cache, "huggingface", "token")
     if os.path.isfile(token):                         # a home that can be read keeps its token
         os.environ.setdefault("HF_TOKEN_PATH", token)
-    os.environ.setdefault("USER", str(os.getuid()))   # torch's compiler asks for a name, and some have none either
+    os.environ.setdefault("USER", str(os.getuid()))   # torch's compiler asks, and some have none
     for place in filter(None, (os.environ.get("STENTOR_CACHE"), _private_folder())):
         new = os.path.join(place, moved.lower())
         with contextlib.suppress(OSError):
             os.makedirs(new, exist_ok=True)
             if _can_write(new):
                 os.environ[moved] = new
-                print(f"{broken} is no folder that can be written: caches go to {new}", file=sys.stderr)
+                print(f"{broken} is no folder that can be written: caches go to {new}",
+                      file=sys.stderr)
                 return
 
 
 def _private_folder() -> str | None:
-    """A folder of this user alone in the temporary one, the same for all their processes; None where there can be none."""
+    """A folder of this user alone in the temporary one, or None where there can be none.
+
+    The same for all their processes, unless somebody else was there first.
+    """
     with contextlib.suppress(OSError):
         folder = os.path.join(tempfile.gettempdir(), f"stentor-{os.getuid()}")
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         if os.lstat(folder).st_uid == os.getuid():
             return folder
-        return tempfile.mkdtemp(prefix="stentor-")    # somebody else was there first
+        return tempfile.mkdtemp(prefix="stentor-")
 
 
 def cache_folder() -> Path:
@@ -151,7 +163,7 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """A folder and all in it, a file, or a link (never what it points to); nothing where there is nothing."""
+    """Remove what may be there: a folder and all in it, a file, a link (never what it points to)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -159,8 +171,8 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`, fsynced and readable as the umask says (what mkstemp made is 0600)."""
-    mode = temporary.stat().st_mode & 0o777           # of a folder that was just made: what the umask says
+    """Rename `temporary` to `folder`, fsynced; readable as the umask says (mkstemp's is 0600)."""
+    mode = temporary.stat().st_mode & 0o777           # it was just made: what the umask says
     for path in temporary.rglob("*"):
         path.chmod(mode if path.is_dir() else mode & 0o666)
         if path.is_file():
@@ -182,14 +194,18 @@ def fsync_folder(folder: Path) -> None:
 
 
 class RunLock:
-    """One process owns a run folder. The lock is the kernel's (flock), so it dies with its process, kill -9 included."""
+    """One process owns a run folder.
+
+    The lock is the kernel's (flock), so it dies with its process, kill -9 included.
+    """
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / ".lock"
         self.file = open(self.path, "a+")
         self.take(self.file, run_dir)
         self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.file.write(f"process {os.getpid()} on {platform.node()}, started {started}")
         self.file.flush()
 
     @staticmethod
@@ -198,7 +214,8 @@ class RunLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise ParameterError([f"{run_dir} is in use by {file.read().strip() or 'another run'}; wait for it, stop it, or "
+            owner = file.read().strip() or "another run"
+            raise ParameterError([f"{run_dir} is in use by {owner}; wait for it, stop it, or "
                                   "choose another RUN."]) from None
 
     def release(self):
@@ -207,7 +224,7 @@ class RunLock:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):                           # also after an error, whose traceback would keep the lock alive
+    def __exit__(self, *_):                           # an error's traceback would keep the lock
         self.release()
 
 
@@ -215,7 +232,9 @@ def duration(seconds: float) -> str:
     """"2h 05m", "3m 20s" or "12s"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def sha256(path: Path) -> str:

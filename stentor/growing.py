@@ -1,6 +1,11 @@
-"""A token store that worker processes fill while training reads it."""
+"""A token store that worker processes fill while training reads it.
+
+One folder and one worker process a source. Sequences are shuffled within a shard instead of the
+whole source, so the order is known before the text is.
+"""
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -11,36 +16,36 @@ from pathlib import Path
 import numpy as np
 
 from stentor.files import FeedStopped, ParameterError, SourceError, write_atomically
-from stentor.tokens import TokenStore, plan_sources, prepare_tokens, source_names
-
-
-# The store that is filled while training reads it: one folder and one worker process a source. Sequences are shuffled
-# within a shard instead of the whole source, so the order is known before the text is.
+from stentor.preparing import prepare_tokens
+from stentor.tokens import TokenStore, plan_sources, refuse_wide_ids, source_names
 
 
 def planned_shards(recipe, shard_tokens: int) -> dict[str, int]:
     """{source: shards its sequences fill}, from the recipe alone."""
     if shard_tokens % recipe.block_size:
-        raise ParameterError([f"shard_tokens = {shard_tokens:,} must be a multiple of block_size = {recipe.block_size}."])
+        raise ParameterError([f"shard_tokens = {shard_tokens:,} must be a multiple of block_size = "
+                              f"{recipe.block_size}."])
     names = source_names(recipe)
     rows = np.bincount(plan_sources(recipe), minlength=len(names))
     return {name: -(-int(n) * recipe.block_size // shard_tokens) for name, n in zip(names, rows)}
 
 
-def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int, ahead_shards: int | None = None) -> None:
+def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int,
+                ahead_shards: int | None = None) -> None:
     """Fill store_dir/<name>, a token store of that source alone; what one worker process does.
 
-    It stays at most `ahead_shards` shards ahead of the one that training reads (None: it need not wait), goes on where an
-    earlier call stopped, and leaves when its parent process is gone: a killed run leaves no worker behind.
+    It stays at most `ahead_shards` shards ahead of the one that training reads (None: it need not
+    wait), goes on where an earlier call stopped, and leaves when its parent process is gone: a
+    killed run leaves no worker behind.
     """
-    import fcntl
     folder, parent = Path(store_dir) / name, os.getppid()
     source = next(source for source in recipe.sources if source.name == name)
     wanted = planned_shards(recipe, shard_tokens)[name] * shard_tokens
     folder.mkdir(parents=True, exist_ok=True)
 
     def wait_for_the_reader(shards: int) -> None:
-        while os.getppid() == parent and ahead_shards and shards > shard_being_read(folder) + ahead_shards:
+        while (ahead_shards and os.getppid() == parent
+               and shards > shard_being_read(folder) + ahead_shards):
             time.sleep(0.2)
         if os.getppid() != parent:
             raise SystemExit(0)
@@ -61,14 +66,16 @@ def shard_being_read(folder) -> int:
 class GrowingStore(TokenStore):
     """A TokenStore over folders that workers still fill; `batch` waits for the shards it needs.
 
-    Sequence k of a source lies in shard k // blocks_per_shard, shuffled within it: a pure function of (seed, step) however
-    full the store is. A source that ends early is read again, in another order. Only whole shards are read before the end
-    is known. failed(): what is wrong with the workers, or None; asked while waiting.
+    Sequence k of a source lies in shard k // blocks_per_shard, shuffled within it: a pure function
+    of (seed, step) however full the store is. A source that ends early is read again, in another
+    order. Only whole shards are read before the end is known. failed(): what is wrong with the
+    workers, or None; asked while waiting.
     """
 
-    def __init__(self, store_dir, recipe, shard_tokens: int, *, rolling: bool = False, failed=lambda: None):
-        self.folder, self.recipe, self.shard_tokens, self.rolling, self.failed = (
-            Path(store_dir), recipe, shard_tokens, rolling, failed)
+    def __init__(self, store_dir, recipe, shard_tokens: int, *, rolling: bool = False,
+                 failed=lambda: None):
+        self.folder, self.recipe, self.shard_tokens = Path(store_dir), recipe, shard_tokens
+        self.rolling, self.failed = rolling, failed
         self.planned = planned_shards(recipe, shard_tokens)
         self.names = list(self.planned)
         self.per_shard = shard_tokens // recipe.block_size
@@ -76,36 +83,51 @@ class GrowingStore(TokenStore):
         self._plan_rows()
         for name in self.names:
             self._wait_for(name, 0)
-        manifests = {name: json.loads((self.folder / name / "manifest.json").read_text()) for name in self.names}
-        if (size := max(m["vocab_size"] for m in manifests.values())) > recipe.shape.vocab_size:
-            raise ParameterError([f"the token store has ids up to {size:,}, the model only vocab_size = "
-                                  f"{recipe.shape.vocab_size:,}."])
-        # The first shard stands for the store in a run's fingerprint: the rest follows from it, the source and its commit.
-        self.manifest = {"eos_token_id": next(iter(manifests.values()))["eos_token_id"], "sources": {
-            name: {**m["sources"][name], "shards": m["sources"][name]["shards"][:1]} for name, m in manifests.items()}}
+        manifests = [self._manifest(name) for name in self.names]
+        refuse_wide_ids(max(manifest["vocab_size"] for manifest in manifests), recipe)
+        self.manifest = {"eos_token_id": manifests[0]["eos_token_id"], "sources": {
+            name: self._seen_from_here(name, manifest["sources"][name])
+            for name, manifest in zip(self.names, manifests)}}
 
-    def _read_entry(self, name: str) -> dict | None:
+    @staticmethod
+    def _seen_from_here(name: str, entry: dict) -> dict:
+        """The entry of a source as `validation` and a run's fingerprint want it.
+
+        The first shard stands for the store: the rest follows from it, the source and its commit.
+        """
+        validation = {**entry["validation"], "file": f"{name}/{entry['validation']['file']}"}
+        return {**entry, "shards": entry["shards"][:1], "validation": validation}
+
+    def _manifest(self, name: str) -> dict:
+        """What the worker of a source has written; no source at all before it has."""
         path = self.folder / name / "manifest.json"
-        if path.exists():
-            self.entries[name] = json.loads(path.read_text())["sources"].get(name)
-        return self.entries.get(name)
+        return json.loads(path.read_text()) if path.exists() else {"sources": {}}
 
     def _wait_for(self, name: str, number: int) -> tuple[int, int, Path]:
-        """(epoch, number, file) of the shard that `number`, counted over epochs, stands for; waits until it is written."""
-        while True:
-            entry = self.entries.get(name)
-            for _ in range(2):                        # what is known, then what is on disk
-                if entry:
-                    whole = [shard for shard in entry["shards"] if shard["tokens"] == self.shard_tokens]
-                    ended = entry["filled"] > 0
-                    usable = whole or (entry["shards"] if ended else [])     # a short corpus is one short shard
-                    if number < len(usable) or (ended and usable):
-                        epoch, number = divmod(number, len(usable))
-                        return epoch, number, self.folder / name / usable[number]["file"]
-                entry = self._read_entry(name)
+        """(epoch, number, file) of the shard that `number`, counted over epochs, stands for.
+
+        Waits until it is written.
+        """
+        while not (found := self._shard(name, number)):
+            self.entries[name] = self._manifest(name)["sources"].get(name)
+            if found := self._shard(name, number):
+                break
             if problem := self.failed():
                 raise FeedStopped(problem)
             time.sleep(0.05)
+        return found
+
+    def _shard(self, name: str, number: int) -> tuple[int, int, Path] | None:
+        """`_wait_for` where the entry that is known says it already."""
+        if not (entry := self.entries.get(name)):
+            return None
+        ended = entry["filled"] > 0
+        usable = [shard for shard in entry["shards"] if shard["tokens"] == self.shard_tokens]
+        if ended and not usable:
+            usable = entry["shards"]                  # a short corpus is one short shard
+        if number < len(usable) or (ended and usable):
+            epoch, number = divmod(number, len(usable))
+            return epoch, number, self.folder / name / usable[number]["file"]
 
     def _block(self, name: str, index: int) -> np.ndarray:
         number = index // self.per_shard
@@ -114,11 +136,13 @@ class GrowingStore(TokenStore):
             write_atomically(self.folder / name / "reading", str(number))
         epoch, number, path = self._wait_for(name, number)
         if not path.exists():
-            raise SourceError(f"source {name} ended after {self.entries[name]['tokens']:,} tokens, and its first shards are "
-                              "gone (rolling): lower token_budget or its weight, or keep the shards.")
+            raise SourceError(f"source {name} ended after {self.entries[name]['tokens']:,} tokens, "
+                              "and its first shards are gone (rolling): lower token_budget or its "
+                              "weight, or keep the shards.")
         tokens = np.memmap(path, dtype="<u2", mode="r")
         blocks = len(tokens) // self.recipe.block_size
-        start = int(self._shuffled(name, epoch, number, blocks)[index % self.per_shard % blocks]) * self.recipe.block_size
+        place = self._shuffled(name, epoch, number, blocks)[index % self.per_shard % blocks]
+        start = int(place) * self.recipe.block_size
         return tokens[start:start + self.recipe.block_size]
 
     @functools.lru_cache(maxsize=64)
@@ -130,15 +154,13 @@ class GrowingStore(TokenStore):
         """The part of the planned sequences that `step` steps have read."""
         return min(step * self.recipe.total_batch_size / self.recipe.sequences_to_train, 1.0)
 
-    def validation(self) -> tuple[np.ndarray, int]:
-        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
-        ids = [np.fromfile(self.folder / name / entry["file"], "<u2") for name, entry in zip(self.names, entries)]
-        eos = np.array([self.manifest["eos_token_id"]], "<u2")
-        return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
-
     def release(self, step: int) -> None:
-        """Training will not go back before `step`; with `rolling` the shards that only earlier steps read are deleted."""
+        """Training will not go back before `step`.
+
+        With `rolling` the shards that only earlier steps read are deleted.
+        """
         row = min(step * self.recipe.total_batch_size, len(self.row_source) - 1)
         for i, name in enumerate(self.names if self.rolling else ()):
-            for old in range(int(np.count_nonzero(self.row_source[:row] == i)) // self.per_shard):
+            read = int(np.count_nonzero(self.row_source[:row] == i))
+            for old in range(read // self.per_shard):
                 (self.folder / name / name / f"train-{old:05d}.bin").unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Every published recipe, its repaired form, and how a name and some overrides become one.
 
-Every figure is from the model card named; where a card contradicts itself the exact parameter count decides. What a card
-does not print is taken from the Preview's card and listed in `unpublished`, so that nobody takes it for a published figure.
+Every figure is from the model card named; where a card contradicts itself the exact parameter count
+decides (the table in the design notes). What a card does not print is taken from the Preview's card
+and listed in `unpublished`, so that nobody takes it for a published figure.
 """
 from __future__ import annotations
 
@@ -14,115 +15,140 @@ from stentor.recipes import Recipe, Source
 from stentor.shapes import Shape
 
 
-def _llama(vocab, hidden, intermediate, layers, heads, kv_heads, context, **more) -> Shape:
-    return Shape(vocab, hidden, intermediate, layers, heads, kv_heads, context, **more)
-
-
 _FINEWEB_EDU = Source("fineweb-edu", "hf:HuggingFaceFW/fineweb-edu", config="sample-10BT")
 _FINEWEB_HQ = Source("fineweb-hq", "hf:epfml/FineWeb-HQ")
 _STENCORE = Source("stencore", "hf:StentorLabs/StenCore")
 _COSMOPEDIA = Source("cosmopedia-v2", "hf:HuggingFaceTB/smollm-corpus", config="cosmopedia-v2")
 _STENTOR3_SOURCES = (                                 # Stentor3 card: 75 / 15 / 10
     Source("web", "hf:epfml/FineWeb-HQ", 0.75, config="CC-MAIN-2024-51"),
-    Source("code", "hf:Cyrile/dataset-the-stack-v2-dedup-sub", 0.15, config="Python", text_field="content",
-           preserve_linebreaks=True),
+    Source("code", "hf:Cyrile/dataset-the-stack-v2-dedup-sub", 0.15, config="Python",
+           text_field="content", preserve_linebreaks=True),
     Source("math", "hf:HuggingFaceTB/finemath", 0.10, config="finemath-4plus"))
-_SFT_SOURCES = (                                      # rows are dicts; a source without a commit is pinned when first read
+_SFT_SOURCES = (                                      # one without a commit is pinned when read
     Source("falsereject", "hf:AmazonScience/FalseReject", 7_125, text_field=None),
     Source("beavertails", "hf:PKU-Alignment/BeaverTails", 5_708, split="30k_train", text_field=None,
            revision="8401fe609d288129cc684a9b3be6a93e41cfe678"),
     Source("dolly", "hf:databricks/databricks-dolly-15k", 5_153, text_field=None,
-           revision="d72c16e4644a463b9c678c71d9440befd4594556"))
-_UNSAID = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps",
-           "fp32_critical_first", "sources.weight")
+           revision="d72c16e4644a463b9c678c71d9440befd4594556"),
+    Source("seed-safety", "seed_safety.jsonl", 14, text_field=None))
+_UNSAID = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+           "eval_steps", "logging_steps", "fp32_critical_first", "sources.weight")
+
 _PREVIEW = Recipe(                                    # card: Stentor2-12M-Preview
-    "stentor2-12m-preview", _llama(8064, 256, 768, 12, 4, 4, 1024), "english-8000-consistent-v1",
+    "stentor2-12m-preview", Shape(8064, 256, 768, 12, 4, 4, 1024), "english-8000-consistent-v1",
     (_FINEWEB_EDU, dataclasses.replace(_COSMOPEDIA, weight=0.0)), learning_rate=2e-4,
-    per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=4, num_processes=1,
-    token_budget=240_000_000, budget_check="micro_batch", eval_steps=375, best_eval_steps=375, max_eval_samples=2_000,
-    logging_steps=125, fp32_critical_last=3, fp32_softmax=True, int8_qat=True, attn_implementation="eager",
+    per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=4,
+    num_processes=1, token_budget=240_000_000, budget_check="micro_batch",
+    eval_steps=375, best_eval_steps=375, max_eval_samples=2_000, logging_steps=125,
+    fp32_critical_last=3, fp32_softmax=True, int8_qat=True, attn_implementation="eager",
     gradient_checkpointing=True,
-    published={"parameters": 12_294_400, "best_eval_loss": 3.9145, "best_perplexity": 50.07, "final_eval_loss": 4.0083,
-               "training_hours": 4.4})
+    published={"parameters": 12_294_400, "best_eval_loss": 3.9145, "best_perplexity": 50.07,
+               "final_eval_loss": 4.0083, "training_hours": 4.4})
 _STENTOR2_12M = Recipe(                               # card: Stentor2-12M
-    "stentor2-12m", _llama(8064, 256, 768, 12, 4, 4, 1024), "english-8000-strict-nocapcode-v1",
-    (_FINEWEB_HQ, _STENCORE), source_token_budget=240_000_000, max_train_steps=9_552, best_eval_start_step=1_500,
-    published={"parameters": 12_294_400, "best_eval_loss": 3.2814, "best_perplexity": 26.61, "final_eval_loss": 3.2565,
-               "blimp": 68.95, "training_hours": 2.1})
-_STENTOR_12M = dataclasses.replace(                   # figures of v1 as the later cards print them
-    _PREVIEW, name="stentor-12m", shape=_llama(32_768, 192, 576, 12, 3, 3, 512), tokenizer="hf:StentorLabs/Stentor-12M",
-    sources=(_FINEWEB_EDU, _COSMOPEDIA), block_size=512, token_budget=200_000_000, budget_check="step",
-    fp32_critical_last=0, fp32_softmax=False, int8_qat=False, attn_implementation="sdpa", gradient_checkpointing=False,
-    published={"parameters": 12_047_040, "best_eval_loss": 4.4887, "best_perplexity": 89.01, "training_hours": 1.3},
+    "stentor2-12m", Shape(8064, 256, 768, 12, 4, 4, 1024), "english-8000-strict-nocapcode-v1",
+    (_FINEWEB_HQ, _STENCORE), source_token_budget=240_000_000, max_train_steps=9_552,
+    best_eval_start_step=1_500,
+    published={"parameters": 12_294_400, "best_eval_loss": 3.2814, "best_perplexity": 26.61,
+               "final_eval_loss": 3.2565, "blimp": 68.95, "training_hours": 2.1})
+_STENTOR2_30M = dataclasses.replace(
+    _STENTOR2_12M, name="stentor2-30m", shape=Shape(8064, 512, 1024, 10, 8, 8, 1024),
+    token_budget=800_000_000, source_token_budget=None, max_train_steps=None,
+    published={"parameters": 30_353_920, "best_perplexity": 18.07, "training_hours": 6.75},
     unpublished=_UNSAID)
+_STENTOR_12M = dataclasses.replace(                   # figures of v1 as the later cards print them
+    _PREVIEW, name="stentor-12m", shape=Shape(32_768, 192, 576, 12, 3, 3, 512),
+    tokenizer="hf:StentorLabs/Stentor-12M", sources=(_FINEWEB_EDU, _COSMOPEDIA),
+    block_size=512, token_budget=200_000_000, budget_check="step",
+    fp32_critical_last=0, fp32_softmax=False, int8_qat=False, attn_implementation="sdpa",
+    gradient_checkpointing=False,
+    published={"parameters": 12_047_040, "best_eval_loss": 4.4887, "best_perplexity": 89.01,
+               "training_hours": 1.3},
+    unpublished=_UNSAID)
+_STENTOR_30M = dataclasses.replace(
+    _STENTOR_12M, name="stentor-30m", shape=Shape(32_768, 256, 1024, 21, 4, 4, 512),
+    tokenizer="hf:StentorLabs/Stentor-30M", token_budget=600_000_000,
+    published={"parameters": 30_419_712, "best_perplexity": 33.02, "training_hours": 7.88})
 _STENTOR3_20M = Recipe(                               # card: Stentor3-20M
-    "stentor3-20m", _llama(4096, 320, 1280, 12, 10, 2, 4096, rope_theta=50_000.0, tie_word_embeddings=False),
-    "english-4096-strict-nocapcode-v1", _STENTOR3_SOURCES, anneal_weights=(0.50, 0.30, 0.20), block_size=4096,
-    per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=1, num_processes=8,
-    token_budget=8_500_000_000, source_token_budget=8_500_000_000, eval_steps=1_000, best_eval_steps=1_000,
-    best_eval_start_step=1_000, mixed_precision="bf16", fp32_critical_first=1, fp32_critical_last=1,
+    "stentor3-20m", Shape(4096, 320, 1280, 12, 10, 2, 4096, rope_theta=50_000.0,
+                          tie_word_embeddings=False),
+    "english-4096-strict-nocapcode-v1", _STENTOR3_SOURCES, anneal_weights=(0.50, 0.30, 0.20),
+    block_size=4096, per_device_train_batch_size=8, per_device_eval_batch_size=8,
+    gradient_accumulation_steps=1, num_processes=8,
+    token_budget=8_500_000_000, source_token_budget=8_500_000_000,
+    eval_steps=1_000, best_eval_steps=1_000, best_eval_start_step=1_000,
+    mixed_precision="bf16", fp32_critical_first=1, fp32_critical_last=1,
     initialization="residual_scaled",
-    published={"parameters": 20_324_160, "best_eval_loss": 2.6406, "best_perplexity": 14.02, "training_hours": 8.15,
-               "tokens_per_second": 304_000},
+    published={"parameters": 20_324_160, "best_eval_loss": 2.6406, "best_perplexity": 14.02,
+               "training_hours": 8.15, "tokens_per_second": 304_000},
     unpublished=("anneal_weights", "per_device_eval_batch_size", "logging_steps"))
+_STENTOR3_50M = dataclasses.replace(
+    _STENTOR3_20M, name="stentor3-50m",
+    shape=Shape(4096, 512, 1536, 15, 8, 2, 4096, rope_theta=50_000.0, tie_word_embeddings=False),
+    token_budget=8_300_000_000, source_token_budget=8_300_000_000,
+    published={"parameters": 49_430_016, "best_perplexity": 9.64, "training_hours": 8.74},
+    unpublished=("anneal_weights", "per_device_train_batch_size", "learning_rate"))
+_PORTIMBRIA = dataclasses.replace(
+    _STENTOR3_20M, name="portimbria-150m", shape=Shape(32_768, 768, 2048, 20, 6, 2, 4096),
+    tokenizer="hf:StentorLabs/Portimbria-150M",
+    token_budget=6_000_000_000, source_token_budget=6_000_000_000,
+    published={"parameters": 151_026_432, "best_perplexity": 18.00, "training_hours": 8},
+    unpublished=("sources", "anneal_weights", "per_device_train_batch_size", "learning_rate"))
+_STENTOR_BIG = dataclasses.replace(                   # stage 1 of 3
+    _STENTOR_12M, name="stentor-big", shape=Shape(32_768, 512, 2048, 30, 8, 8, 512),
+    tokenizer="hf:stas122/Stentor-Big", sources=(_FINEWEB_EDU,), learning_rate=2e-4,
+    per_device_train_batch_size=32, gradient_accumulation_steps=4, token_budget=279_000_000,
+    mixed_precision="bf16", gradient_checkpointing=True,
+    published={"parameters": 142_639_104}, unpublished=("block_size", "eval_steps"))
+# The main phase of the fine-tune, whose rows are dicts; the other four, and LoRA, are in
+# 04_instruct_sft. 273 steps hold 17,460 x 3 examples. "Cosine with 1 restart" is taken at its word;
+# transformers' num_cycles=1 would be a plain cosine.
+_INSTRUCT = dataclasses.replace(
+    _STENTOR_12M, name="stentor-12m-instruct", block_size=384, token_budget=273 * 192 * 384,
+    sources=_SFT_SOURCES, learning_rate=3e-5, lr_scheduler_type="cosine_with_restart",
+    warmup_ratio=0.06, weight_decay=0.1, optimizer="paged_adamw_32bit", adam_epsilon=1e-6,
+    ema_decay=0.999, mixed_precision="no", fp32_norms=False, fp32_critical_first=0,
+    per_device_train_batch_size=48, gradient_accumulation_steps=4,
+    eval_steps=40, best_eval_steps=40, logging_steps=10,
+    published={"parameters": 12_047_040, "best_eval_loss": 4.300, "best_perplexity": 73.7},
+    unpublished=("adam_beta1", "adam_beta2"))
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    _STENTOR_12M,
-    dataclasses.replace(_STENTOR_12M, name="stentor-30m", shape=_llama(32_768, 256, 1024, 21, 4, 4, 512),
-                        tokenizer="hf:StentorLabs/Stentor-30M", token_budget=600_000_000,
-                        published={"parameters": 30_419_712, "best_perplexity": 33.02, "training_hours": 7.88}),
-    _PREVIEW, _STENTOR2_12M,
-    dataclasses.replace(_STENTOR2_12M, name="stentor2-30m", shape=_llama(8064, 512, 1024, 10, 8, 8, 1024),
-                        token_budget=800_000_000, source_token_budget=None, max_train_steps=None,
-                        published={"parameters": 30_353_920, "best_perplexity": 18.07, "training_hours": 6.75},
-                        unpublished=_UNSAID),
-    _STENTOR3_20M,
-    dataclasses.replace(_STENTOR3_20M, name="stentor3-50m",
-                        shape=_llama(4096, 512, 1536, 15, 8, 2, 4096, rope_theta=50_000.0, tie_word_embeddings=False),
-                        token_budget=8_300_000_000, source_token_budget=8_300_000_000,
-                        published={"parameters": 49_430_016, "best_perplexity": 9.64, "training_hours": 8.74},
-                        unpublished=("anneal_weights", "per_device_train_batch_size", "learning_rate")),
-    dataclasses.replace(_STENTOR3_20M, name="portimbria-150m",
-                        shape=_llama(32_768, 768, 2048, 20, 6, 2, 4096), tokenizer="hf:StentorLabs/Portimbria-150M",
-                        token_budget=6_000_000_000, source_token_budget=6_000_000_000,
-                        published={"parameters": 151_026_432, "best_perplexity": 18.00, "training_hours": 8},
-                        unpublished=("sources", "anneal_weights", "per_device_train_batch_size", "learning_rate")),
-    dataclasses.replace(_STENTOR_12M, name="stentor-big", shape=_llama(32_768, 512, 2048, 30, 8, 8, 512),
-                        tokenizer="hf:stas122/Stentor-Big", sources=(_FINEWEB_EDU,),
-                        learning_rate=2e-4, per_device_train_batch_size=32, gradient_accumulation_steps=4,
-                        token_budget=279_000_000, mixed_precision="bf16", gradient_checkpointing=True,   # stage 1 of 3
-                        published={"parameters": 142_639_104}, unpublished=("block_size", "eval_steps")),
-    # The main phase of the fine-tune; the other four, and LoRA, are in 04_instruct_sft. 273 steps hold 17,460 x 3 examples.
-    # "Cosine with 1 restart" is taken at its word; transformers' num_cycles=1 would be a plain cosine.
-    dataclasses.replace(_STENTOR_12M, name="stentor-12m-instruct", block_size=384, token_budget=273 * 192 * 384,
-                        sources=(*_SFT_SOURCES, Source("seed-safety", "seed_safety.jsonl", 14, text_field=None)),
-                        learning_rate=3e-5, lr_scheduler_type="cosine_with_restart", warmup_ratio=0.06, weight_decay=0.1,
-                        optimizer="paged_adamw_32bit", adam_epsilon=1e-6, ema_decay=0.999, mixed_precision="no",
-                        fp32_norms=False, fp32_critical_first=0, per_device_train_batch_size=48,
-                        gradient_accumulation_steps=4, eval_steps=40, best_eval_steps=40, logging_steps=10,
-                        published={"parameters": 12_047_040, "best_eval_loss": 4.300, "best_perplexity": 73.7},
-                        unpublished=("adam_beta1", "adam_beta2")),
-)}
-# The twin of each recipe whose schedule is laid out for the real budget, so that the learning rate reaches its end: for
-# stentor2-12m, whose run stopped at 73% of the peak, that is a change; for the others the two are equal.
-REPAIRED: dict[str, Recipe] = {f"{name}-repaired": dataclasses.replace(recipe, name=f"{name}-repaired", max_train_steps=None)
-                               for name, recipe in RECIPES.items()}
+    _STENTOR_12M, _STENTOR_30M, _PREVIEW, _STENTOR2_12M, _STENTOR2_30M, _STENTOR3_20M,
+    _STENTOR3_50M, _PORTIMBRIA, _STENTOR_BIG, _INSTRUCT)}
+# The twin of each recipe whose schedule is laid out for the real budget, so that the learning rate
+# reaches its end: for stentor2-12m, whose run stopped at 73% of the peak, that is a change; for the
+# others the two are equal.
+REPAIRED: dict[str, Recipe] = {
+    f"{name}-repaired": dataclasses.replace(recipe, name=f"{name}-repaired", max_train_steps=None)
+    for name, recipe in RECIPES.items()}
 ALL_RECIPES = {**RECIPES, **REPAIRED}
 
 
 def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -> Recipe:
-    """The recipe `name`, scaled when profile is "cpu", with `overrides` of its fields or of its shape's fields.
+    """The recipe `name`, scaled when profile is "cpu", with `overrides`.
 
-    Raises ParameterError with everything that is wrong: unknown recipe, unknown field, values out of range.
+    overrides: values of its fields or of its shape's fields; a source is a dict of its fields.
+    Raises ParameterError with everything that is wrong: unknown recipe, unknown field, values out
+    of range.
     """
     if name not in list(ALL_RECIPES):
         near = difflib.get_close_matches(str(name), ALL_RECIPES, n=1)
-        raise ParameterError([f"RECIPE = {shown(name)} is not known" + (f" (did you mean {near[0]}?)" if near else "")
-                              + f"; known: {', '.join(RECIPES)}, each also as ...-repaired."])
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ParameterError([f"RECIPE = {shown(name)} is not known{hint}; known: "
+                              f"{', '.join(RECIPES)}, each also as ...-repaired."])
     recipe = ALL_RECIPES[name].scaled_to("cpu") if profile == "cpu" else ALL_RECIPES[name]
+    recipe, problems = _overridden(recipe, overrides or {})
+    if problems := problems + recipe.problems():
+        raise ParameterError(problems)
+    return recipe
+
+
+def _overridden(recipe: Recipe, overrides: dict) -> tuple[Recipe, list[str]]:
+    """(the recipe with the overrides that name a field, a sentence for each that names none)."""
     shape_fields = {f.name for f in dataclasses.fields(Shape)}
-    recipe_fields = {f.name for f in dataclasses.fields(Recipe)} - {"name", "shape", "published", "unpublished"}
+    recipe_fields = {f.name for f in dataclasses.fields(Recipe)} - {
+        "name", "shape", "published", "unpublished"}
     problems, in_shape, in_recipe = [], {}, {}
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         if key in shape_fields:
             in_shape[key] = value
         elif key == "sources" and isinstance(value, (list, tuple)):
@@ -131,20 +157,20 @@ def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -
             in_recipe[key] = value
         else:
             near = difflib.get_close_matches(str(key), shape_fields | recipe_fields, n=1)
-            problems.append(f"{key} is not a field of a recipe" + (f"; did you mean {near[0]}?" if near else "."))
-    recipe = dataclasses.replace(recipe, shape=dataclasses.replace(recipe.shape, **in_shape), **in_recipe)
-    if problems := problems + recipe.problems():
-        raise ParameterError(problems)
-    return recipe
+            hint = f"; did you mean {near[0]}?" if near else "."
+            problems.append(f"{key} is not a field of a recipe{hint}")
+    shape = dataclasses.replace(recipe.shape, **in_shape)
+    return dataclasses.replace(recipe, shape=shape, **in_recipe), problems
 
 
 def _read_source(given, problems: list[str]):
     """A Source from a dict of its fields; what is wrong with it is added to `problems`."""
     if not isinstance(given, dict):
-        return given                                  # a Source; anything else is refused with the recipe
+        return given                                  # a Source; else it is refused with the recipe
     known = [f.name for f in dataclasses.fields(Source)]
-    wrong = [f"sources: {shown(key)} is not a field of a source; known: {', '.join(known)}." for key in given
-             if key not in known]
-    wrong += [f"sources: {shown(given)} has no {key}." for key in ("name", "path") if key not in given]
+    wrong = [f"sources: {shown(key)} is not a field of a source; known: {', '.join(known)}."
+             for key in given if key not in known]
+    wrong += [f"sources: {shown(given)} has no {key}." for key in ("name", "path")
+              if key not in given]
     problems += wrong
     return Source(**given) if not wrong else Source("unread", "unread")

@@ -10,7 +10,8 @@ from stentor.files import ParameterError, duration, write_atomically
 from stentor.notebooks import run_notebooks
 from stentor.parameters import run_name
 from stentor.published import find_recipe
-from stentor.recipes import Recipe
+from stentor.recipes import DRAW, Recipe
+from stentor.rules import free_fields
 from stentor.session import find_outputs
 
 
@@ -50,21 +51,18 @@ def run_seeds(seeds: list[int], given: dict[str, str]) -> Path:
     return outputs / name
 
 
-# What may differ between two draws of one recipe: the seed, and what only says how the machine takes it.
-MACHINE = {"seed", "mixed_precision", "num_processes", "per_device_eval_batch_size", "save_every_minutes", "save_total_limit",
-           "torch_compile", "attn_implementation", "logging_steps", "published", "unpublished"}
-
-
 def draws_like(run_dir) -> list[dict]:
     """Every finished run beside `run_dir` of its recipe, other in seed or machine only: {"run", "seed", "cpu", ...summary}.
 
     A copy of a run, alike in seed and loss to the last digit, is no second draw.
     """
+    free = free_fields(Recipe, DRAW)
+
     def read(folder):
         try:
             run, summary = (json.loads((folder / name).read_text()) for name in ("run.json", "summary.json"))
             recipe = run["recipe"]
-            same = {key: value for key, value in recipe.items() if key not in MACHINE}
+            same = {key: value for key, value in recipe.items() if key not in free}
             draw = {key: summary[key] for key in ("eval_loss", "perplexity", "bits_per_byte", "tokens_per_second")}
             return json.dumps(same, sort_keys=True), {"run": folder.name, "seed": recipe["seed"], **draw}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -76,7 +76,8 @@ def test_a_run_json_with_bad_values_is_refused_in_a_sentence(tiny, tmp_path):
 @pytest.mark.parametrize("override, said", [
     ({"sources": [{"name": "a", "path": "p", "colour": 1}]}, "'colour' is not a field of a source"),
     ({"sources": [{"name": "a"}]}, "has no path"), ({"sources": "local:prose"}, "must be a list of sources"),
-    ({"sources": [3]}, "must be a list of sources"), ({"sources": []}, "sources is empty"),
+    ({"sources": [3]}, "must be a list of sources"), ({"sources": 3}, "must be a list of sources"),
+    ({"sources": []}, "sources is empty"),
     ({"sources": [{"name": "a", "path": "p"}] * 2}, "'a' is the name of two sources"),
     ({"sources": [{"name": "../a", "path": "p"}]}, "must be a plain name"),
     ({"sources": [{"name": "a", "path": "p", "weight": "1"}]}, "weights of the sources"),
@@ -199,10 +200,13 @@ def test_a_tokenizer_that_does_not_belong_is_refused_or_said(tiny):
     bpe = dataclasses.replace(su.RECIPES["stentor-12m"], shape=dataclasses.replace(recipe.shape, vocab_size=size))
     assert "TokenMonster" in stentor.tokenizer.tokenizer_misfit(bpe, tiny.tokenizer)
 
-    class Large(list):
-        vocabulary = None
-    with pytest.raises(su.ParameterError, match="66,256 does not fit the uint16 token store"):
-        su.fit_to_tokenizer(twin, Large(range(66_256)), said.append)
+    class Large:
+        eos_token_id = 0
+
+        def get_vocab(self):
+            return {"the last": 66_255}
+    with pytest.raises(su.ParameterError, match="ids up to 66,255, but a token store keeps 16 bits"):
+        su.fit_to_tokenizer(twin, Large(), said.append)
 
 
 def test_a_run_finds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):

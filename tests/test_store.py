@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import stentor.files
-import stentor.tokens
+import stentor.preparing
 import stentor.tokenizer
 import stentor_utils as su
 
@@ -62,13 +62,13 @@ def test_an_interrupted_store_goes_on_to_the_same_bytes(tiny, tmp_path):
                 raise Stop
             left[0] -= 1
             original(path, data)
-        stentor.tokens.write_atomically = dying
+        stentor.preparing.write_atomically = dying
         try:
             with pytest.raises(Stop):
                 su.prepare_tokens([tiny.source], tiny.tokenizer, resumed, tokens_per_source={"topics": 90_000},
                                   validation_documents=4, shard_tokens=9_000)
         finally:
-            stentor.tokens.write_atomically = original
+            stentor.preparing.write_atomically = original
     su.prepare_tokens([tiny.source], tiny.tokenizer, resumed, tokens_per_source={"topics": 90_000},
                       validation_documents=4, shard_tokens=9_000)
     a, b = (json.loads((folder / "manifest.json").read_text()) for folder in (whole, resumed))
