@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from stentor.files import ParameterError, write_atomically
-from stentor.launch import PROCESS_ENVIRONMENT
+from stentor.process import PROCESS_ENVIRONMENT
 from stentor.parameters import run_name, string, writable_folder
 from stentor.secrets import secret_problems
 from stentor.session import find_outputs
