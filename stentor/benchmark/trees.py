@@ -1,0 +1,87 @@
+"""What a score is: requests in tokens, and the rows of tokens that give many of them at once."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def common_prefix(*rows) -> int:
+    """Number of leading tokens that all rows share."""
+    shortest, longest = min(rows), max(rows)          # in lexical order: what these two share, all share
+    for i, (a, b) in enumerate(zip(shortest, longest)):
+        if a != b:
+            return i
+    return min(len(shortest), len(longest))
+
+
+@dataclass(slots=True)
+class Request:
+    """One (context, continuation) in tokens. logP(continuation | context) = logP(whole) - logP(context).
+
+    whole, context: token ids of the two strings, each encoded once and whole, behind the prefix token where the context
+    is empty. start: the number of leading tokens they share, whose terms cancel; at least 1, as the first token of a
+    row is never predicted. text_bytes: UTF-8 bytes of the continuation.
+    """
+    key: bytes
+    whole: list
+    context: list
+    start: int
+
+    @property
+    def merged(self) -> bool:
+        """Whether a token crosses the join, or lookahead changed one before it: lm-eval's own split is then wrong."""
+        return self.start < len(self.context)
+
+    @property
+    def empty(self) -> bool:
+        return len(self.whole) <= self.start
+
+
+@dataclass(slots=True)
+class Tree:
+    """Rows of tokens that begin with the same `trunk`, computed in one row of the batch."""
+    trunk: list
+    branches: list                                    # of lists of tokens, each at least one long
+    owners: list                                      # (request, "whole" | "context", offset of the branch in its tokens)
+
+    @property
+    def length(self) -> int:
+        return len(self.trunk) + sum(len(branch) - 1 for branch in self.branches)     # nothing follows a last token
+
+
+def windows(tokens: list, start: int, max_length: int) -> list[tuple[int, int, int]]:
+    """(begin, first, end): predict tokens[first:end] from tokens[begin:end - 1], at most max_length of them at a time.
+
+    A row that fits is one window. Else the left of the context is cut off, as lm-eval does; a continuation longer than
+    the model is predicted in as many windows as it takes, the last with all the context there is room for.
+    """
+    cuts = list(range(start, len(tokens), max_length)) if len(tokens) - start > max_length else [start]
+    ends = cuts[1:] + [len(tokens)]
+    return [(max(0, end - 1 - max_length), first, end) for first, end in zip(cuts, ends)]
+
+
+def make_trees(requests: list[Request], max_length: int, share: bool = True) -> list[Tree]:
+    """The trees that give every log-probability that `requests`, the choices of one item, need.
+
+    Choices share their context: a four-choice item is one row, not four, where that saves a quarter of the tokens.
+    """
+    rows = [(request, kind, tokens) for request in requests
+            for kind, tokens in (("whole", request.whole), ("context", request.context)) if len(tokens) > request.start]
+    trees, fitting = [], []
+    for request, kind, tokens in rows:
+        if len(tokens) - 1 <= max_length and len(request.whole) - 1 <= max_length:
+            fitting.append((request, kind, tokens))
+            continue
+        # The context's tail is predicted from the same left edge as the whole.
+        edge = max(0, len(request.whole) - 1 - max_length) if len(request.whole) - request.start <= max_length else 0
+        for begin, first, end in windows(tokens, request.start, max_length):
+            begin = max(begin, min(edge, first - 1))
+            trees.append(Tree(tokens[begin:first], [tokens[first:end]], [(request, kind, first)]))
+    if fitting:
+        trunk = min(common_prefix(*(tokens for _, _, tokens in fitting)), *(request.start for request, _, _ in fitting))
+        together = Tree(fitting[0][2][:trunk], [tokens[trunk:] for _, _, tokens in fitting],
+                        [(request, kind, trunk) for request, kind, _ in fitting])
+        apart = [Tree(tokens[:request.start], [tokens[request.start:]], [(request, kind, request.start)])
+                 for request, kind, tokens in fitting]
+        saves = trunk > 0 and together.length <= 0.75 * sum(tree.length for tree in apart)
+        trees += [together] if share and saves else apart
+    return trees
