@@ -87,8 +87,8 @@ def xla_environment(xla: str | None) -> dict[str, str]:
 def place_in(run_dir, path) -> str:
     """How run.json names a store or tokenizer: a hub name as it is, else the path from its folder.
 
-    What is in the folder is named so though the folder is a link; from a real folder to another, no
-    link is in between.
+    What is in the folder is named so though the folder is a link; from a real folder to another,
+    no link is in between.
     """
     if is_hub_name(path):
         return str(path)

@@ -591,7 +591,7 @@ def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
 
 
 KILLS = """
-import json, os, random, sys
+import json, os, random, sqlite3, sys
 from pathlib import Path
 import torch
 from stentor import benchmark

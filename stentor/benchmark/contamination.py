@@ -48,11 +48,12 @@ def contamination(texts: dict[str, list[list[str]]], store_dir, tokenizer) -> di
     """{task: counts} of items whose words stand in the store's training text.
 
     texts: task -> items -> their forms. The first form of an item is itself, question and right
-    answer, and decides how it is looked for. items_checked: items of 13 words or more; contaminated:
-    those of which any 13 in a row are in the store. short_checked, short_found: items of 5 to 12
-    words, looked for whole. Shorter ones cannot be checked: they are in `items` alone. The other
-    forms (see item_texts) are looked for alike, except for words that another item of the task has
-    too, which tell nothing of this one. Memory holds the items, never the store.
+    answer, and decides how it is looked for. items_checked: items of 13 words or more;
+    contaminated: those of which any 13 in a row are in the store. short_checked, short_found:
+    items of 5 to 12 words, looked for whole. Shorter ones cannot be checked: they are in `items`
+    alone. The other forms (see item_texts) are looked for alike, except for words that another
+    item of the task has too, which tell nothing of this one. Memory holds the items, never the
+    store.
     """
     values = word_values(texts)
 

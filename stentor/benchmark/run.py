@@ -28,9 +28,9 @@ class EvaluationFailed(StentorError, RuntimeError):
 def launch(config: dict, folder, *, num_processes: int | None = None, say=None) -> dict:
     """Write <folder>/benchmark.json and run it in a process of its own (several with torchrun).
 
-    config: see `run`. Its log is shown here. num_processes: default one a GPU, or 1 on the CPU; the
-    cores are divided among several. Killed, or stopped? The same call goes on: the cache holds every
-    batch that is done. Returns run_summary.json's content; raises EvaluationFailed.
+    config: see `run`. Its log is shown here. num_processes: default one a GPU, or 1 on the CPU;
+    the cores are divided among several. Killed, or stopped? The same call goes on: the cache
+    holds every batch that is done. Returns run_summary.json's content; raises EvaluationFailed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,13 +66,13 @@ def run_file(path) -> dict:
 def run(config: dict, folder: Path, say=print) -> dict:
     """Score every model on every block of `config`; what is done is not done again.
 
-    config: {"models": {name: path}, "blocks": {name: {"title", "tasks" | "local", "num_fewshot"}},
-    "dtype", and if need be "limit", "seed", "tokens_per_batch", "store": {"path", "tokenizer"} of a
-    token store to look for the items in, or None}.
-    Writes <folder>/<model>/<block>.json as each is done and <folder>/run_summary.json after each; a
-    block that fails is written down as failed and the next one begins. With torchrun every process
-    computes its part of each block's requests; they meet in the cache, and process 0 writes.
-    Returns run_summary.json's content.
+    config: {"models": {name: path}, "blocks": {name: {"title", "tasks" | "local",
+    "num_fewshot"}}, "dtype", and if need be "limit", "seed", "tokens_per_batch", "store":
+    {"path", "tokenizer"} of a token store to look for the items in, or None}.
+    Writes <folder>/<model>/<block>.json as each is done and <folder>/run_summary.json after each;
+    a block that fails is written down as failed and the next one begins. With torchrun every
+    process computes its part of each block's requests; they meet in the cache, and process 0
+    writes. Returns run_summary.json's content.
     """
     processes = Processes()
     benchmark = Benchmark(config, folder, processes, say)
@@ -204,8 +204,8 @@ def model_problem(path: str) -> str | None:
 def load_scored(path: str, dtype: str, device: torch.device):
     """(model in eval mode, tokenizer) from a folder or a hub id.
 
-    Never runs code from there, but for our own tokenizer. Raises ParameterError for weights that do
-    not fit the model, and for a tokenizer that does not.
+    Never runs code from there, but for our own tokenizer. Raises ParameterError for weights that
+    do not fit the model, and for a tokenizer that does not.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging as transformers_logging
@@ -215,8 +215,8 @@ def load_scored(path: str, dtype: str, device: torch.device):
     if Path(name).is_dir():
         model = load_model(name, **settings)
     else:
-        # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads those
-        # with weights_only=True.
+        # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads
+        # those with weights_only=True.
         model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
         if problem := weights_problem(model, info):
             raise ParameterError([f"{name} cannot be scored: {problem}."])

@@ -20,9 +20,9 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
                    done=lambda key: None, texts: dict | None = None) -> dict:
     """Score one block: {"key", "tasks": {name: its scores and items}, "groups", ...}.
 
-    limit: at most so many items of each task, drawn by `seed`. done(key) may give a finished answer.
-    The key hashes the model, every prompt, choice and target, task versions, settings and the
-    harness version. texts, if given, is filled with each task's item texts.
+    limit: at most so many items of each task, drawn by `seed`. done(key) may give a finished
+    answer. The key hashes the model, every prompt, choice and target, task versions, settings and
+    the harness version. texts, if given, is filled with each task's item texts.
     """
     import lm_eval
     from lm_eval.evaluator import evaluate
@@ -98,11 +98,11 @@ def add_to_key(digest, name: str, task) -> None:
 def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
     """What is kept of one task: counts, metrics, and each item's scores for paired tests.
 
-    metrics: lm-eval's, but for ties (see share_of_ties): "ties" counts them, "lm_eval_metrics" has
-    its own figure if other. headline: the metric to report, where the task's files say so.
-    bits_per_byte and perplexity: of the right continuation, over all items (multiple choice with one
-    right choice). chance: mean over items of 1 / number of choices; None for tasks that are no
-    choice.
+    metrics: lm-eval's, but for ties (see share_of_ties): "ties" counts them, "lm_eval_metrics"
+    has its own figure if other. headline: the metric to report, where the task's files say so.
+    bits_per_byte and perplexity: of the right continuation, over all items (multiple choice with
+    one right choice). chance: mean over items of 1 / number of choices; None for tasks that are
+    no choice.
     """
     names = [name for name in scores
              if "," in name and not name.split(",")[0].endswith("_stderr")]
@@ -145,8 +145,8 @@ def item_scores(samples: list[dict]) -> dict[str, list]:
 def count_ties(task, samples: list[dict], result: dict) -> None:
     """Put every accuracy's items, mean and number of ties into `result`.
 
-    lm-eval's own mean stands beside it where it differs. Raises ValueError for a likelihood that is
-    not a number.
+    lm-eval's own mean stands beside it where it differs. Raises ValueError for a likelihood that
+    is not a number.
     """
     lengths = {"acc": lambda choice: 1, "acc_norm": len,
                "acc_bytes": lambda choice: len(choice.encode())}
