@@ -170,6 +170,19 @@ def test_a_run_json_that_describes_none_is_refused_in_a_sentence(tmp_path, text,
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.parametrize("words", [
+    ["train", "absent.json"], ["fill", "absent.json", "topics"], ["benchmark", "absent.json"],
+    ["benchmark", "empty.json"], ["benchmark", "list.json"], ["summary", "absent"],
+    ["results", "absent", "README.md"]])
+def test_a_command_that_names_nothing_is_refused_in_a_sentence(tmp_path, monkeypatch, words, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "list.json").write_text('{"models": {}, "blocks": [], "dtype": "float32"}')
+    assert stentor.commands.main(words) == 2
+    said = capfd.readouterr().err
+    assert "cannot be read" in said and "Traceback" not in said and said.count("\n") == 1
+
+
 FROM_THE_HUB = """
 import dataclasses, json, sys
 from pathlib import Path
