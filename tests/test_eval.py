@@ -324,7 +324,7 @@ def test_a_yaml_folder_is_lm_evals_own(ours, english, tmp_path):
 
 
 def read(path):
-    return benchmark.tasks.task_config(benchmark.rows.read_rows(path), path)
+    return benchmark.kinds.task_config(benchmark.rows.read_rows(path), path)
 
 
 PUBLISHED_ROWS = {                                    # a row as it is published -> the right choice
@@ -953,6 +953,6 @@ def test_less_bits_per_byte_is_the_better_rank(notebook):
 def test_the_formats_stand_in_the_notebook():
     cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
     about = next("".join(cell["source"]) for cell in cells if cell["id"] == "suite-about")
-    columns = {name for tells, _, _ in benchmark.tasks.KINDS.values() for names in tells for name in names}
+    columns = {name for tells, _, _ in benchmark.kinds.KINDS.values() for names in tells for name in names}
     for name in {*columns, *benchmark.rows.QUESTIONS, *benchmark.rows.PASSAGES, *benchmark.rows.LABELS, *benchmark.rows.TASK_FILES}:
         assert f"`{name}`" in about, name

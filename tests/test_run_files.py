@@ -194,10 +194,11 @@ su.launch(recipe, run / "tokens", "hf:me/words", run, say=lambda text: None, fil
 assert json.loads((run / "run.json").read_text())["tokenizer"] == "hf:me/words"
 stentor.launch.train_from_file(run / "run.json")
 own = su.load_model(finished / "final").state_dict()
-for model in (su.load_model("hf:me/model"), stentor.folders.load_model("hf:me/model", "float32", torch.device("cpu"))[0]):
+cpu, load_scored = torch.device("cpu"), stentor.benchmark.run.load_scored
+for model in (su.load_model("hf:me/model"), load_scored("hf:me/model", "float32", cpu)[0]):
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
 assert not model.generation_config.do_sample and model.generation_config.repetition_penalty in (None, 1.0)     # the protocol's
-for load in (su.load_model, lambda name: stentor.folders.load_model(name, "float32", torch.device("cpu"))):
+for load in (su.load_model, lambda name: load_scored(name, "float32", cpu)):
     try:
         load("hf:me/broken")
         raise SystemExit("weights that are missing were made up")
