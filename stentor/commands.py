@@ -63,8 +63,8 @@ def train_command(arguments) -> None:
     train_from_file(arguments.run_json)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # All is written and every process is here (Engine.close). One process of two once aborted
-        # (SIGABRT, in CI), most likely in the teardown of its communication threads; it was not seen
-        # again. Leave without that teardown.
+        # (SIGABRT, in CI), most likely in the teardown of its communication threads; it was not
+        # seen again. Leave without that teardown.
         sys.stdout.flush()
         os._exit(0)
 
@@ -89,7 +89,8 @@ def notebooks_command(arguments) -> int:
     except Exception as error:
         if type(error).__name__ != "PapermillExecutionError":
             raise
-        told = error.evalue if error.ename in TOLD else error     # without papermill's pages of context
+        # Without papermill's pages of context.
+        told = error.evalue if error.ename in TOLD else error
         print(f"\n{told}", file=sys.stderr)
         return 2 if error.ename == "ParameterError" else 1
     if "02_pretrain_t4" in arguments.notebooks:

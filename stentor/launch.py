@@ -34,7 +34,7 @@ from stentor.train import train
 # process 4 s late 4 of 6 restarts failed, 0 of 6 with this).
 GROUP_ENVIRONMENT = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1",
                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-STOP_SECONDS = 120                                    # for the stop button: the step and its checkpoint
+STOP_SECONDS = 120    # what the stop button leaves for the step and its checkpoint
 
 
 def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: int | None = None,
@@ -76,7 +76,7 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
 
 
 def xla_environment(xla: str | None) -> dict[str, str]:
-    """What makes a process train with the XLA engine, on `xla`: "TPU", "CPU", or None for neither."""
+    """What makes a process train with the XLA engine, on "TPU" or "CPU"; None: with another."""
     if not xla:
         return {}
     virtual = {"CPU_NUM_DEVICES": os.environ.get("CPU_NUM_DEVICES", "8")} if xla == "CPU" else {}
@@ -108,11 +108,12 @@ def find_place(run_dir, run: dict, what: str) -> Path | str:
     run_dir, named = Path(run_dir), str(run[what])
     if is_hub_name(named):
         return named
-    if run.get("fill") and what == "store":           # it grows there, never in another run's folder
+    if run.get("fill") and what == "store":           # it grows there, never in another folder
         return run_dir / named
     inside = {"tokenizer": ("tokenizer", "final", "best"), "store": ("tokens",)}[what]
     was_at = (run.get("were_at") or {}).get(what)
-    tried = [run_dir / named, *([Path(was_at)] if was_at else []), *(run_dir / name for name in inside)]
+    tried = [run_dir / named, *([Path(was_at)] if was_at else []),
+             *(run_dir / name for name in inside)]
     for path in tried:
         if what == "tokenizer" and tokenizer_problem(path) is None:
             return path
@@ -120,7 +121,8 @@ def find_place(run_dir, run: dict, what: str) -> Path | str:
             return path
     raise ParameterError([
         f"{run_dir / 'run.json'} names the {what} {named}, and there is none, nor in "
-        f"{run_dir / inside[0]}: copy it there, or start the run with launch (notebook 02 or 03)."])
+        f"{run_dir / inside[0]}: copy it there, or start the run with launch (notebook 02 or "
+        "03)."])
 
 
 def read_run(path: Path) -> dict:
@@ -138,14 +140,14 @@ def read_run(path: Path) -> dict:
 
 
 def describe_run(path: Path) -> None:
-    """Write run.json and environment.json, if `launch` started this; else they are there already."""
+    """Write run.json and environment.json, if `launch` started this; else they are there."""
     if text := os.environ.get("STENTOR_RUN_JSON"):
         write_atomically(path, json.dumps(json.loads(text), indent=1))
         write_atomically(path.parent / "environment.json", json.dumps(environment(), indent=1))
 
 
 def environment() -> dict:
-    """Versions and hardware, for environment.json; no environment variables, which may hold secrets."""
+    """Versions and hardware, for environment.json. No environment variables: they may hold secrets."""
     from importlib.metadata import distributions
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -154,11 +156,12 @@ def environment() -> dict:
     return {"python": platform.python_version(), "platform": platform.platform(),
             "cpu": cpu, "cpu_count": os.cpu_count(),
             "gpus": torch.cuda.device_count(), "cpu_has_bf16": cpu_has_bf16(),
-            "packages": dict(sorted((d.metadata["Name"] or "", d.version) for d in distributions()))}
+            "packages": dict(sorted((one.metadata["Name"] or "", one.version)
+                                    for one in distributions()))}
 
 
 def train_from_file(path) -> dict:
-    """What `launch` starts: train the run described by run.json. Returns summary.json's content."""
+    """What `launch` starts: train the run that run.json describes. Returns the summary."""
     path = Path(path).resolve()
     run = read_run(path)
     recipe, fill = run["recipe"], run.get("fill")
@@ -214,7 +217,7 @@ def fill_from_file(path, name: str, parent: int | None = None) -> None:
 
     parent: the process to leave with.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # the stop button: training saves, then ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # the stop button: training ends us
     if parent:
         leave_with(int(parent))
     path = Path(path).resolve()

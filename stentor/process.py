@@ -59,7 +59,7 @@ def own_command(*arguments, num_processes: int = 1, restarts: int = 0) -> list[s
 
 
 def own_environment(defaults: dict[str, str] | None = None, **settings: str | None) -> dict:
-    """This process's environment and what ours need: `defaults` where it has no setting of its own.
+    """This process's environment and what ours need; `defaults` hold where it has no setting.
 
     settings: what holds in any case; None takes a variable away.
     """
@@ -69,7 +69,8 @@ def own_environment(defaults: dict[str, str] | None = None, **settings: str | No
     return {name: value for name, value in env.items() if value is not None}
 
 
-def run_process(command: list[str], env: dict[str, str], *, patience: float = 0, say=None) -> Ended:
+def run_process(command: list[str], env: dict[str, str], *, patience: float = 0,
+                say=None) -> Ended:
     """Run a command to its end and show its log here, line by line, without secrets.
 
     patience: what the stop button means. So many seconds for the process to save and end by itself
@@ -81,7 +82,7 @@ def run_process(command: list[str], env: dict[str, str], *, patience: float = 0,
                                text=True, errors="replace", start_new_session=True)
     try:
         for line in process.stdout:
-            line = redact(line)                       # an error may hold a URL or a header with a token
+            line = redact(line)                       # an error may hold a URL with a token
             say(line.rstrip("\n"))
             ended.tail.append(line)
             if AN_ERROR.match(line):

@@ -99,7 +99,9 @@ def spread(draws: list[dict], key: str, digits: int = 4) -> str:
     values = [draw[key] for draw in draws]
     mean, least, most = (f"{figure:.{digits}f}"
                          for figure in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({least} to {most}, n = {len(values)})" if len(values) > 1 else f"{mean} (one draw)"
+    if len(values) == 1:
+        return f"{mean} (one draw)"
+    return f"{mean} ({least} to {most}, n = {len(values)})"
 
 
 def print_spread(run_dir) -> None:
@@ -149,7 +151,7 @@ def print_summary(run_dir) -> None:
 
 
 def bigram_line(baseline: Path, draws: list[dict], unit: str = "") -> str:
-    """What a byte bigram model scores on the same text, and how much more that is than the draws."""
+    """What a byte bigram model scores on the same text, and how much more that is than draws do."""
     bigram = read_json(baseline)["byte_bigram_bits_per_byte"]
     more = bigram - statistics.mean(draw["bits_per_byte"] for draw in draws)
     return f"{bigram:.4f} {unit}({more:.4f} more)"
@@ -161,13 +163,14 @@ def write_results(run_dir, readme) -> None:
     rows = figures(run_dir)
     table = "\n".join(["| `make run` | |", "|---|---|",
                        *(f"| {name} | {value} |" for name, value in rows.items())])
-    for path in sorted((run_dir.parent / "benchmarks").glob("*.md")):       # what `make bench` wrote
+    for path in sorted((run_dir.parent / "benchmarks").glob("*.md")):   # what `make bench` wrote
         table += f"\n\n{path.read_text().strip()}"
     begin, end = "<!-- results:begin -->", "<!-- results:end -->"
     text = readme.read_text() if readme.is_file() else ""
     if not (begin in text and end in text):
         raise ParameterError([f"{readme} has no {begin} and {end} to write between."])
-    write_atomically(readme, f"{text[:text.index(begin)]}{begin}\n{table}\n{text[text.index(end):]}")
+    before, after = text[:text.index(begin)], text[text.index(end):]
+    write_atomically(readme, f"{before}{begin}\n{table}\n{after}")
 
 
 def figures(run_dir: Path) -> dict[str, str]:

@@ -103,9 +103,10 @@ def hashes_there(wanted: dict[int, set], rows) -> dict[int, set]:
 
 
 def task_hashes(task: list[list[np.ndarray]]) -> list[tuple[int, dict[int, set]]]:
-    """[(words of the item, 13 at most, {length: hashes to look for})] of one task's items in word ids.
+    """[(words of the item, 13 at most, {length: hashes to look for})] of one task's items.
 
-    Nothing is looked for where the item itself is too short.
+    task: items -> their forms, in word ids. Nothing is looked for where the item itself is too
+    short.
     """
     owner, found = {}, []             # of a hash: the item that has it, None if several have
     for forms in task:

@@ -1,4 +1,4 @@
-"""A model class for lm-eval that joins context and continuation rightly, shares contexts, resumes."""
+"""A model class for lm-eval: context and continuation joined rightly, contexts shared, resumable."""
 from __future__ import annotations
 
 import contextlib
@@ -51,7 +51,7 @@ class Cache:
         return {key: json.loads(value) for key, value in found.items()}
 
     def put(self, answers: dict[bytes, list]) -> None:
-        """The first answer to a key stays: a second run's differ in the last bits if its batches do."""
+        """The first answer to a key stays: another's last bits differ where its batches did."""
         rows = [(key, json.dumps(value)) for key, value in answers.items()]
         with self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
@@ -117,7 +117,7 @@ class StentorLM(HFLM):
     # -- tokens
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        if self.ours:                                 # special tokens in a text are text, as in training
+        if self.ours:                                 # special tokens in a text are text: as trained
             ids, offsets = encode_documents(self.tokenizer, texts)
             ids = ids.tolist()
             return [ids[a:b] for a, b in zip(offsets, offsets[1:])]
@@ -134,7 +134,9 @@ class StentorLM(HFLM):
         return ids, pad([torch.ones_like(row) for row in rows])
 
     def tok_encode(self, string, *args, **kwargs):
-        return self.encode([string])[0] if self.ours else super().tok_encode(string, *args, **kwargs)
+        if self.ours:
+            return self.encode([string])[0]
+        return super().tok_encode(string, *args, **kwargs)
 
     def _encode_pair(self, context, continuation):
         """(tokens that are only condition, tokens to sum), together encode(context + continuation)."""
@@ -172,16 +174,16 @@ class StentorLM(HFLM):
 
     @torch.inference_mode()
     def score(self, trees: list[Tree]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """For each branch of each tree: (log-probability float64, is the likeliest bool), one a token."""
+        """For each branch of each tree (log-probabilities float64, is it the likeliest bool)."""
         rows, device = lay_out(trees), self.device
         inputs = {"input_ids": torch.from_numpy(rows.ids).to(device), "use_cache": False}
-        if any(len(tree.branches) > 1 for tree in trees):         # a branch sees the trunk and itself
+        if any(len(tree.branches) > 1 for tree in trees):
             inputs["attention_mask"] = self._branch_mask(torch.from_numpy(rows.segment).to(device))
             inputs["position_ids"] = torch.from_numpy(rows.position).to(device)
         # A row's padding stands to its right, where a causal model does not look.
         where, back = np.unique(np.array(rows.sources), return_inverse=True)
         where, back = torch.from_numpy(where).to(device), torch.from_numpy(back).to(device)
-        if self.fast_head:                            # the vocabulary only where something is predicted
+        if self.fast_head:                            # the vocabulary only where it is asked for
             hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[where]
             logits = self.model.get_output_embeddings()(hidden)
         else:
@@ -196,7 +198,7 @@ class StentorLM(HFLM):
         return [[next(flat) for _ in tree.branches] for tree in trees]
 
     def _branch_mask(self, segment: torch.Tensor) -> torch.Tensor:
-        """What is added to the attention of rows of trees: (rows, 1, length, length), 0 or the least."""
+        """What is added to attention, (rows, 1, length, length): a branch sees the trunk and itself."""
         seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
         seen &= torch.ones(seen.shape[1:], dtype=torch.bool, device=segment.device).tril()
         mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=segment.device)
@@ -232,7 +234,7 @@ class StentorLM(HFLM):
         """[(log-likelihood in nats, is greedy decoding)] in the order asked."""
         ours = self.requests_of([request.args for request in requests])
         items, last = [], None
-        for instance, request in zip(requests, ours):             # an item's choices follow one another
+        for instance, request in zip(requests, ours): # an item's choices follow one another
             item = (instance.task_name, instance.doc_id)
             if item != last or item == (None, None):
                 items.append([])
@@ -259,7 +261,7 @@ class StentorLM(HFLM):
         self.counts.update(tasks)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
-        """Log-likelihood in nats of each whole text behind the prefix token, in windows of max_length."""
+        """Log-likelihood in nats of each text behind the prefix token, in windows of max_length."""
         texts = [request.args[0] or "" for request in requests]
         prefix = [self.prefix_token_id]
         ours = [Request(self.key("rolling", text), prefix + tokens, prefix, 1)
@@ -272,12 +274,12 @@ class StentorLM(HFLM):
         return [len(r.whole) - len(r.context) for r in self.requests_of(pairs)]
 
     def _answer(self, items: list[list[Request]]) -> dict[bytes, list]:
-        """{key: [log-likelihood, greedy]} of all requests: from the cache, else computed, by batches.
+        """{key: [log-likelihood, greedy]} of all requests, from the cache or computed by batches.
 
         The batches follow from the whole list alone, not from what the cache holds: a resumed run
         computes the very batches that an uninterrupted one would, and ends with the same bits.
         """
-        first = {}                                    # what is asked twice is computed once, not summed
+        first = {}                                    # what is asked twice is not summed twice
         for item in items:
             for request in item:
                 first.setdefault(request.key, request)
@@ -303,7 +305,7 @@ class StentorLM(HFLM):
         return self._work_off(list(first), batches, keys_of, self._compute, "batches")
 
     def _work_off(self, keys: list[bytes], batches: list, keys_of, compute, what: str) -> dict:
-        """{key: answer} of all `keys`: this process's part of the batches is computed, if it is new.
+        """{key: answer} of all `keys`; what is new of this process's part of the batches is computed.
 
         keys_of(batch): the keys that compute(batch) answers. Every batch is kept as it is done.
         """

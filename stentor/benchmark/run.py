@@ -109,13 +109,13 @@ class Processes:
 
 
 class Benchmark:
-    """What `run` has found so far: `summary`, and the items' `texts` where a store is to be searched."""
+    """What `run` has found so far: `summary`, and the items' `texts` if a store is searched."""
 
     def __init__(self, config: dict, folder: Path, processes: Processes, say):
         self.config, self.folder, self.processes, self.say = config, folder, processes, say
         self.summary, self.texts = {"models": {}}, {}
         if processes.rank:
-            processes.wait()                          # only one may make the file and switch it to WAL
+            processes.wait()                          # only one may make it and switch it to WAL
         self.cache = Cache(folder / "cache.sqlite")
         if processes.rank == 0:
             processes.wait()
@@ -132,8 +132,8 @@ class Benchmark:
             self.say(f"{name} | not loaded: {sentence(error)}")
             return
         rank, say = self.processes.rank, self.say if self.processes.rank == 0 else None
-        lm = StentorLM(model, tokenizer, cache=self.cache, rank=rank, world_size=self.processes.count,
-                       barrier=self.processes.wait, say=say,
+        lm = StentorLM(model, tokenizer, cache=self.cache, rank=rank,
+                       world_size=self.processes.count, barrier=self.processes.wait, say=say,
                        tokens_per_batch=self.config.get("tokens_per_batch"))
         models[name] = {"path": path, "dtype": self.config["dtype"], **describe(lm), "blocks": {}}
         (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -141,11 +141,12 @@ class Benchmark:
             target = self.folder / name / f"{block_name}.json"
             models[name]["blocks"][block_name] = self.score_block(lm, name, block, target)
             if rank == 0:
-                write_atomically(self.folder / "run_summary.json", json.dumps(self.summary, indent=1))
+                summary = json.dumps(self.summary, indent=1)
+                write_atomically(self.folder / "run_summary.json", summary)
             self.processes.wait()
 
     def score_block(self, lm: StentorLM, name: str, block: dict, target: Path) -> dict:
-        """Score one block of one model, kept in `target`. Returns the block's entry in the summary."""
+        """Score one block of one model, kept in `target`. Returns its entry in the summary."""
         before = functools.partial(finished, target)
         try:
             result = evaluate_block(
@@ -217,7 +218,8 @@ def load_scored(path: str, dtype: str, device: torch.device):
     else:
         # Some peers on the hub have pickled weights only (TinyStories-33M): transformers reads
         # those with weights_only=True.
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, **settings)
         if problem := weights_problem(model, info):
             raise ParameterError([f"{name} cannot be scored: {problem}."])
     if problems := tokenizer_fit(tokenizer, model.get_input_embeddings().num_embeddings):

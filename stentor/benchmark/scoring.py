@@ -28,7 +28,8 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
     from lm_eval.evaluator import evaluate
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     loaded = load_tasks(block, seed)
-    digest = hashlib.sha256(json.dumps([lm.fingerprint, lm_eval.__version__, seed, limit]).encode())
+    about = [lm.fingerprint, lm_eval.__version__, seed, limit]
+    digest = hashlib.sha256(json.dumps(about).encode())
     samples = {}
     for name, task in loaded["tasks"].items():
         samples[name] = build_requests(name, task, limit, seed)
@@ -55,7 +56,7 @@ def evaluate_block(lm: StentorLM, block: dict, *, limit: int | None = None, seed
 
 
 def build_requests(name: str, task, limit: int | None, seed: int) -> list[int]:
-    """Build the requests of at most `limit` items of a task, drawn by `seed`; which items they are."""
+    """Build the requests of at most `limit` items of a task, drawn by `seed`; their numbers."""
     count = len(task.eval_docs)
     drawn = random.Random(f"{seed} {name}").sample(range(count), min(limit or count, count))
     chosen = sorted(drawn)
@@ -81,8 +82,8 @@ def refuse_unlabelled(task) -> None:
             wrong = target is None or target == [] or str(target).strip() in ("", "None")
         if wrong:
             raise ParameterError([
-                f"{task.config.task}, item {instance.doc_id}: its target {shortened(target)} is no "
-                "right answer; a split without labels, as test splits are, cannot be scored."])
+                f"{task.config.task}, item {instance.doc_id}: its target {shortened(target)} is "
+                "no right answer; a split without labels, as test splits are, cannot be scored."])
 
 
 def add_to_key(digest, name: str, task) -> None:
@@ -131,7 +132,7 @@ def task_result(lm: StentorLM, task, samples: list[dict], scores: dict) -> dict:
 
 
 def item_scores(samples: list[dict]) -> dict[str, list]:
-    """{"metric,filter": what each item scored}, a number, or a list of those that it is made of."""
+    """{"metric,filter": what each item scored}: a number, or the numbers that it is made of."""
     items = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -157,10 +158,10 @@ def count_ties(task, samples: list[dict], result: dict) -> None:
             choices = task.doc_to_choice(sample["doc"])
             lls = [answer[0] / max(1, length(choice))
                    for answer, choice in zip(sample["filtered_resps"], choices)]
-            if any(map(math.isnan, lls)):             # no choice is the likeliest, yet argmax names one
+            if any(map(math.isnan, lls)):             # none is the likeliest, yet argmax names one
                 raise ValueError(
-                    f"{task.config.task}, item {sample['doc_id']}: the model's log-likelihood is not "
-                    "a number; where its weights are sound, try DTYPE = 'float32'.")
+                    f"{task.config.task}, item {sample['doc_id']}: the model's log-likelihood is "
+                    "not a number; where its weights are sound, try DTYPE = 'float32'.")
             found.append(share_of_ties(lls, golds_of(task, sample["doc"])))
         items, own = [score for score, _ in found], result["metrics"][name]
         result["items"][name], result["metrics"][name] = items, float(np.mean(items))

@@ -8,16 +8,16 @@ import numpy as np
 
 def common_prefix(*rows) -> int:
     """Number of leading tokens that all rows share."""
-    shortest, longest = min(rows), max(rows)          # in lexical order: what these two share, all share
-    for i, (a, b) in enumerate(zip(shortest, longest)):
+    first, last = min(rows), max(rows)                # in lexical order: what these share, all do
+    for i, (a, b) in enumerate(zip(first, last)):
         if a != b:
             return i
-    return min(len(shortest), len(longest))
+    return min(len(first), len(last))
 
 
 @dataclass(slots=True)
 class Request:
-    """One (context, continuation) in tokens: logP of one given the other = logP(whole) - logP(context).
+    """One (context, continuation) in tokens: its score is logP(whole) - logP(context).
 
     whole, context: token ids of the two strings, each encoded once and whole, behind the prefix
     token where the context is empty. start: the number of leading tokens they share, whose terms
@@ -45,8 +45,8 @@ class Request:
 class Tree:
     """Rows of tokens that begin with the same `trunk`, computed in one row of the batch."""
     trunk: list
-    branches: list               # of lists of tokens, each at least one long
-    owners: list                 # (request, "whole" | "context", offset of the branch in its tokens)
+    branches: list    # of lists of tokens, each at least one long
+    owners: list      # of (request, "whole" | "context", offset of the branch in its tokens)
 
     @property
     def length(self) -> int:
