@@ -320,7 +320,8 @@ def test_a_yaml_folder_is_lm_evals_own(ours, english, tmp_path):
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
     yaml = benchmark.scoring.evaluate_block(lm, {"local": tmp_path / "yaml"})["tasks"]["swag_yaml"]
     plain = write_jsonl(tmp_path / "plain" / "x.jsonl", hellaswag_items(english, 4))
-    assert yaml["loglikelihoods"] == benchmark.scoring.evaluate_block(lm, {"local": plain})["tasks"]["plain/x"]["loglikelihoods"]
+    tasks = benchmark.scoring.evaluate_block(lm, {"local": plain})["tasks"]
+    assert yaml["loglikelihoods"] == tasks["plain/x"]["loglikelihoods"]
 
 
 def read(path):
@@ -406,7 +407,8 @@ def test_winogrande_scores_one_continuation_behind_two_contexts(ours, tmp_path):
     rows = [{"sentence": "Sarah was a better surgeon than Maria so _ got the easier cases.", "option1": "Sarah",
              "option2": "Maria", "answer": answer} for answer in ("2", 1)]
     folder = write_jsonl(tmp_path / "w" / "wino.jsonl", rows)
-    task = benchmark.scoring.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]["w/wino"]
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    task = benchmark.scoring.evaluate_block(lm, {"local": folder})["tasks"]["w/wino"]
     expected = [direct(ours.model, ours.tokenizer, f"Sarah was a better surgeon than Maria so {name}", " got the easier cases.")
                 for name in ("Sarah", "Maria")]
     assert task["loglikelihoods"][0] == task["loglikelihoods"][1] == pytest.approx(expected, abs=5e-4)
@@ -583,7 +585,8 @@ def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
     assert base != benchmark.lm.model_fingerprint(theta, ours.tokenizer)
     resized = tm.TokenMonsterTokenizer.from_vocabulary(ours.tokenizer.vocabulary, vocab_size=len(ours.tokenizer) + 128)
     assert base != benchmark.lm.model_fingerprint(ours.model, resized)
-    assert base == benchmark.lm.model_fingerprint(benchmark.run.load_scored(str(ours.folder), "float32", torch.device("cpu"))[0], ours.tokenizer)
+    loaded, _ = benchmark.run.load_scored(str(ours.folder), "float32", torch.device("cpu"))
+    assert base == benchmark.lm.model_fingerprint(loaded, ours.tokenizer)
     rows = hellaswag_items(english, 5)                # another right answer to the same prompts: another key, and score
     rows[0]["label"] = (rows[0]["label"] + 1) % 4
     write_jsonl(folder / "a.jsonl", rows)
@@ -698,7 +701,8 @@ def test_items_from_the_training_text_are_found_and_others_not(tiny):
     items = {"copied": [[" ".join(trained[i:i + 20]).upper() + "!"] for i in (0, 9, 30)],     # case and signs do not matter
              "inside": [["something else before it " + " ".join(trained[20:33])], ["x " * 20 + " ".join(trained[20:32])]],
              "short": [[" ".join(trained[40:46])], ["zyx wvu tsr qpo nml kji"], ["too short"]],
-             "across": [[" ".join(trained[-7:] + benchmark.contamination.words_of(texts[6])[:7])]],      # the end of one document, the next one
+             # The end of one document, the beginning of the next one.
+             "across": [[" ".join(trained[-7:] + benchmark.contamination.words_of(texts[6])[:7])]],
              "fresh": [[" ".join(reversed(trained[:20]))], ["colourless green ideas sleep furiously " * 4]]}
     found = benchmark.contamination.contamination(items, tiny.store_dir, tiny.tokenizer)
     assert found["copied"] == {"items": 3, "items_checked": 3, "contaminated": 3, "short_checked": 0, "short_found": 0}
@@ -766,7 +770,8 @@ def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
 
 
 def test_words_are_what_is_left_without_case_and_signs():
-    assert benchmark.contamination.words_of("**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4") == [
+    text = "**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4"
+    assert benchmark.contamination.words_of(text) == [
         "dont", "pay", "100050", "for", "a", "wellknown", "strasse", "3", "4"]
     text = "Janet's 16 eggs (3.5 a day), a half-price STRASSE"
     assert benchmark.contamination.words_of(re.sub(r"[^\w\s]", "", text).lower()) == benchmark.contamination.words_of(text)
@@ -954,5 +959,6 @@ def test_the_formats_stand_in_the_notebook():
     cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
     about = next("".join(cell["source"]) for cell in cells if cell["id"] == "suite-about")
     columns = {name for tells, _, _ in benchmark.kinds.KINDS.values() for names in tells for name in names}
-    for name in {*columns, *benchmark.rows.QUESTIONS, *benchmark.rows.PASSAGES, *benchmark.rows.LABELS, *benchmark.rows.TASK_FILES}:
+    rows = benchmark.rows
+    for name in {*columns, *rows.QUESTIONS, *rows.PASSAGES, *rows.LABELS, *rows.TASK_FILES}:
         assert f"`{name}`" in about, name

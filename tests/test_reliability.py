@@ -388,7 +388,8 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
     def slow_save(*args):
         spend("save")
         return save(*args)
-    monkeypatch.setattr(stentor.train, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime, time_ns=time.time_ns))
+    monkeypatch.setattr(stentor.train, "time", SimpleNamespace(
+        monotonic=lambda: now[0], strftime=time.strftime, time_ns=time.time_ns))
     monkeypatch.setattr(stentor.train, "save_checkpoint", slow_save)
     stops, trained, margins = 0, 0, []
     recipe = dataclasses.replace(micro, token_budget=32 * 4 * 16, save_every_minutes=4, logging_steps=100, eval_steps=16,
