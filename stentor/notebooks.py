@@ -1,4 +1,4 @@
-"""Notebooks executed by papermill, live on this terminal, every value by the type of its parameter."""
+"""Notebooks executed by papermill, live on this terminal; values by their parameters' types."""
 from __future__ import annotations
 
 import ast
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from stentor.files import ParameterError, write_atomically
-from stentor.launch import PROCESS_ENVIRONMENT
+from stentor.process import PROCESS_ENVIRONMENT
 from stentor.parameters import run_name, string, writable_folder
 from stentor.secrets import secret_problems
 from stentor.session import find_outputs
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def _assignments(path):
-    """(name, annotation or None, value) of each parameter, as ast nodes, from the cell tagged `parameters`."""
+    """(name, annotation or None, value), as ast nodes, of each in the cell tagged `parameters`."""
     for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             for node in ast.parse("".join(cell["source"])).body:
@@ -37,7 +37,7 @@ def notebook_parameters(path) -> dict[str, str]:
 
 
 def parameter_kinds(path) -> dict[str, str]:
-    """{name: "str", "int", "list[str]" ...}: the type written beside a parameter, else that of its default."""
+    """{name: "str", "int", "list[str]" ...}: the type written beside it, else its default's."""
     kinds = {}
     for name, annotation, value in _assignments(path):
         default = ast.literal_eval(value)
@@ -47,10 +47,11 @@ def parameter_kinds(path) -> dict[str, str]:
 
 
 def read_value(typed: str, kind: str, optional: bool):
-    """What was typed on the command line as the value of a parameter of type `kind`; `optional`: None means None.
+    """What was typed on the command line as the value of a parameter of type `kind`.
 
-    Text is taken letter by letter. What does not fit the type comes back as it is, and the notebook's check names it.
-    A list is a Python or JSON list, or items with commas between (a comma before a space belongs to its item).
+    optional: "None" means None. Text is taken letter by letter. What does not fit the type comes
+    back as it is, and the notebook's check names it. A list is a Python or JSON list, or items
+    with commas between (a comma before a space belongs to its item).
     """
     if optional and typed == "None":
         return None
@@ -58,7 +59,8 @@ def read_value(typed: str, kind: str, optional: bool):
         for read in (int, float):
             try:
                 value = read(typed)
-                return typed if abs(value) == math.inf and "inf" not in typed.lower() else value     # 1e400 is not inf
+                infinite = abs(value) == math.inf and "inf" not in typed.lower()     # 1e400 is not inf
+                return typed if infinite else value
             except ValueError:
                 pass
     elif kind == "bool":
@@ -67,10 +69,13 @@ def read_value(typed: str, kind: str, optional: bool):
         return _plain(_literal(typed))
     elif kind.startswith("list"):
         item, value = kind[5:-1] or "str", _literal(typed)
-        if isinstance(value, (list, tuple)) and (typed.lstrip()[:1] in "[(" or all(isinstance(v, str) for v in value)):
+        bracket = typed.lstrip()[:1] in ("[", "(")
+        texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if texts or bracket and isinstance(value, (list, tuple)):
             return _plain(value)
-        if typed.lstrip()[:1] not in ("[", "("):      # one of these was meant to be a list, and is none
-            return [read_value(part, item, False) for part in re.split(",(?! )" if item == "str" else ", *", typed)]
+        if not bracket:                               # with one it was meant to be a list, and is none
+            comma = ",(?! )" if item == "str" else ", *"
+            return [read_value(part, item, False) for part in re.split(comma, typed)]
     return typed
 
 
@@ -92,42 +97,54 @@ def _plain(value):
 
 
 def run_notebooks(names: list[str], given: dict[str, str]) -> None:
-    """Execute notebooks with papermill, their output live on this terminal; a parameter goes to each that knows it.
+    """Execute notebooks, one after another; a parameter goes to each that knows it.
 
-    given: {name: what was typed}. Executed copies go to <OUTPUTS>/<RUN>/notebooks/, but not that of a notebook that refused
-    its parameters: nothing was started, nothing is left. Raises ParameterError for a name that no notebook knows.
+    given: {name: what was typed}. Executed copies go to <OUTPUTS>/<RUN>/notebooks/, but not that
+    of a notebook that refused its parameters: nothing was started, nothing is left. Raises
+    ParameterError for a name that no notebook knows.
     """
     paths = {name: HERE / "notebooks" / f"{name}.ipynb" for name in names}
     if absent := [name for name, path in paths.items() if not path.is_file()]:
         there = ", ".join(sorted(path.stem for path in (HERE / "notebooks").glob("*.ipynb")))
-        raise ParameterError([f"there is no notebook {name!r}; there are {there}." for name in absent])
+        raise ParameterError([f"there is no notebook {name!r}; there are {there}."
+                              for name in absent])
     known = {name: notebook_parameters(path) for name, path in paths.items()}
+    problems = given_problems(known, given)
+    outputs, folders = find_outputs(given.get("OUTPUTS", "outputs")), {}
+    if writable_folder(outputs):      # 06 draws what can only be read; the others refuse it themselves
+        outputs = find_outputs("outputs")
+    for name in names:
+        default = ast.literal_eval(known[name].get("RUN", "'demo'"))
+        runs = [run.strip() for run in given.get("RUN", default).split(",")]      # 06 takes several
+        problems += [f"RUN = {run!r} {wrong}." for run in runs if (wrong := run_name(run))]
+        folders[name] = outputs / "_vs_".join(runs) / "notebooks"
+    if problems:
+        raise ParameterError(list(dict.fromkeys(problems)))
+    for name, value in PROCESS_ENVIRONMENT.items():   # the kernels inherit it: 04 trains in its own
+        os.environ.setdefault(name, value)
+    for name, path in paths.items():
+        print(f"\n=== {name} ===", flush=True)
+        kinds, defaults = parameter_kinds(path), known[name]
+        execute(path, folders[name], {
+            key: read_value(typed, kinds[key], optional=defaults[key] == "None")
+            for key, typed in given.items() if key in defaults})
+
+
+def given_problems(known: dict[str, dict], given: dict[str, str]) -> list[str]:
+    """What is wrong with parameters that were typed, before their values are read, in sentences.
+
+    known: {notebook: its parameters}.
+    """
     every = sorted({parameter for parameters in known.values() for parameter in parameters})
     problems = []
     for name, typed in given.items():
         if name not in every:
             near = difflib.get_close_matches(name.upper(), every, n=1, cutoff=0.6)
-            problems.append(f"{name} is not a parameter of {', '.join(names)}; "
-                            + (f"did you mean {near[0]}?" if near else f"known: {', '.join(every)}."))
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(every)}."
+            problems.append(f"{name} is not a parameter of {', '.join(known)}; {hint}")
         if wrong := string(empty=True)(typed):
             problems.append(f"{name} = {typed!r} {wrong}.")
-    problems += secret_problems(**given)           # papermill writes parameters into the executed notebook
-    outputs, folders = find_outputs(given.get("OUTPUTS", "outputs")), {}
-    if writable_folder(outputs):                   # 06 draws what can only be read; the others refuse it themselves
-        outputs = find_outputs("outputs")
-    for name in names:
-        runs = given.get("RUN", ast.literal_eval(known[name].get("RUN", "'demo'"))).split(",")       # 06 takes several
-        problems += [f"RUN = {run!r} {wrong}." for run in runs if (wrong := run_name(run.strip()))]
-        folders[name] = outputs / "_vs_".join(run.strip() for run in runs) / "notebooks"
-    if problems:
-        raise ParameterError(list(dict.fromkeys(problems)))
-    for name, value in PROCESS_ENVIRONMENT.items():      # the kernels inherit it: 04 trains in its own
-        os.environ.setdefault(name, value)
-    for name, path in paths.items():
-        print(f"\n=== {name} ===", flush=True)
-        kinds = parameter_kinds(path)
-        execute(path, folders[name], {key: read_value(typed, kinds[key], known[name][key] == "None")
-                                      for key, typed in given.items() if key in known[name]})
+    return problems + secret_problems(**given)    # papermill writes parameters into the notebook
 
 
 def execute(path: Path, folder: Path, parameters: dict) -> None:
@@ -137,9 +154,12 @@ def execute(path: Path, folder: Path, parameters: dict) -> None:
         executed, refused = Path(elsewhere) / path.name, False
         try:
             papermill.execute_notebook(
-                path, executed, cwd=HERE, progress_bar=False, parameters=parameters, kernel_name="python3",
-                extra_arguments=["--IPKernelApp.log_level=40"],   # no warning that the kernel's local socket is plain
-                start_timeout=3600, iopub_timeout=3600,           # on a busy machine papermill's 60 and 4 s lose the run
+                path, executed, cwd=HERE, progress_bar=False, parameters=parameters,
+                kernel_name="python3",
+                # No warning that the kernel's local socket is plain.
+                extra_arguments=["--IPKernelApp.log_level=40"],
+                # On a busy machine papermill's 60 and 4 s lose the run.
+                start_timeout=3600, iopub_timeout=3600,
                 stdout_file=sys.stdout, stderr_file=sys.stderr, log_output=False)
         except papermill.PapermillExecutionError as error:
             refused = error.ename == "ParameterError"

@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPO / "tests"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell starts what it puts behind `&` with SIGINT ignored
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported; see stentor.launch.PROCESS_ENVIRONMENT
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported; see stentor.process.PROCESS_ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,8 @@ def test_a_record_changed_together_with_the_card_is_noticed(run_dir):
 
 
 def test_a_number_typed_into_our_own_prose_is_refused(run_dir, monkeypatch):
-    monkeypatch.setattr(stentor.card.sections, "SECTIONS", (*stentor.card.sections.SECTIONS, lambda facts: "It reaches 42.5% of GPT-2."))
+    sections = (*stentor.card.sections.SECTIONS, lambda facts: "It reaches 42.5% of GPT-2.")
+    monkeypatch.setattr(stentor.card.sections, "SECTIONS", sections)
     stentor.card.check.write_model_card(run_dir)
     problems = stentor.card.check.check_model_card(run_dir)
     assert [problem.split()[0] for problem in problems] == ["42.5%", "GPT-2."]

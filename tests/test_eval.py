@@ -132,7 +132,7 @@ def test_minimal_pairs_equal_plain_pytorch_to_the_item(which, ours, tmp_path):
         folder, limit, sets = tmp_path / "pairs", 5, 30
         subprocess.run([sys.executable, str(REPO / "data/minimal_pairs.py"), str(folder), "--pairs", "10"], check=True)
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
-    result = benchmark.run.evaluate_block(lm, {"local": folder}, limit=limit, seed=7)
+    result = benchmark.scoring.evaluate_block(lm, {"local": folder}, limit=limit, seed=7)
     assert len(result["tasks"]) == sets
     for name, task in result["tasks"].items():
         rows = [json.loads(line) for line in open(folder / f"{name.partition('/')[2]}.jsonl")]
@@ -146,7 +146,7 @@ def test_minimal_pairs_equal_plain_pytorch_to_the_item(which, ours, tmp_path):
 def test_hellaswag_shaped_items_with_tokens_across_the_join(ours, english, tmp_path):
     folder = write_jsonl(tmp_path / "swag" / "endings.jsonl", hellaswag_items(english, 60))
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
-    task = benchmark.run.evaluate_block(lm, {"local": folder})["tasks"]["swag/endings"]
+    task = benchmark.scoring.evaluate_block(lm, {"local": folder})["tasks"]["swag/endings"]
     rows = [json.loads(line) for line in open(folder / "endings.jsonl")]
     pairs = [(row["ctx"], [f" {choice}" for choice in row["choices"]]) for row in rows]
     expected = [[direct(ours.model, ours.tokenizer, context, ending) for ending in endings] for context, endings in pairs]
@@ -179,7 +179,7 @@ def test_sharing_and_batching_change_nothing(ours, english):
     alone.share = alone.fast_head = False
     assert np.allclose(scores, np.array(alone.loglikelihood(instances(pairs))), atol=3e-4)
     shared = [tree for context, endings in pairs
-              for tree in benchmark.lm.make_trees(lm.requests_of([(context, ending) for ending in endings]), 512)]
+              for tree in benchmark.trees.make_trees(lm.requests_of([(context, ending) for ending in endings]), 512)]
     assert sum(len(tree.branches) > 1 for tree in shared) > 10      # that there was something shared
 
 
@@ -229,7 +229,7 @@ def test_texts_longer_than_the_model(ours, english):
     assert short.counts["t"]["truncated"] == len(clean)
     long = " " + " ".join(english[5:9])               # longer than the window itself: all of it is predicted, once
     request = short.requests_of([("If", long)])[0]
-    spans = benchmark.lm.windows(request.whole, request.start, 24)
+    spans = benchmark.trees.windows(request.whole, request.start, 24)
     assert [i for _, first, end in spans for i in range(first, end)] == list(range(request.start, len(request.whole)))
     assert all(first - begin >= 1 and end - 1 - begin <= 24 for begin, first, end in spans)
     total = sum(logprob(ours.model, request.whole[begin:end], first - begin) for begin, first, end in spans)
@@ -293,7 +293,7 @@ def test_four_kinds_of_local_files(ours, english, tmp_path):
     write_jsonl(folder / "text.jsonl", [{"text": text} for text in english[:5]])
     write_jsonl(folder / "sums.jsonl", [{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}] * 2)
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
-    tasks = benchmark.run.evaluate_block(lm, {"local": folder})["tasks"]
+    tasks = benchmark.scoring.evaluate_block(lm, {"local": folder})["tasks"]
     assert set(tasks) == {"mine/choice", "mine/table", "mine/text", "mine/sums"}
     assert tasks["mine/choice"]["loglikelihoods"] == tasks["mine/table"]["loglikelihoods"]
     assert tasks["mine/choice"]["items"] == tasks["mine/table"]["items"] and tasks["mine/choice"]["chance"] == 0.25
@@ -318,13 +318,14 @@ def test_a_yaml_folder_is_lm_evals_own(ours, english, tmp_path):
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}, "cache_dir": str(tmp_path / "cache")},
         "doc_to_text": "{{ctx}}", "doc_to_choice": "choices", "doc_to_target": "label"}))
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
-    yaml = benchmark.run.evaluate_block(lm, {"local": tmp_path / "yaml"})["tasks"]["swag_yaml"]
+    yaml = benchmark.scoring.evaluate_block(lm, {"local": tmp_path / "yaml"})["tasks"]["swag_yaml"]
     plain = write_jsonl(tmp_path / "plain" / "x.jsonl", hellaswag_items(english, 4))
-    assert yaml["loglikelihoods"] == benchmark.run.evaluate_block(lm, {"local": plain})["tasks"]["plain/x"]["loglikelihoods"]
+    tasks = benchmark.scoring.evaluate_block(lm, {"local": plain})["tasks"]
+    assert yaml["loglikelihoods"] == tasks["plain/x"]["loglikelihoods"]
 
 
 def read(path):
-    return benchmark.tasks.task_config(benchmark.rows.read_rows(path), path)
+    return benchmark.kinds.task_config(benchmark.rows.read_rows(path), path)
 
 
 PUBLISHED_ROWS = {                                    # a row as it is published -> the right choice
@@ -392,7 +393,7 @@ def test_what_looks_like_structure_is_text(ours, tmp_path):
     write_jsonl(folder / "pairs.jsonl", [{"sentence_good": "[1, 2]", "sentence_bad": "'"}])
     write_jsonl(folder / ".hidden.jsonl", [{"nothing": 1}])
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
-    tasks = benchmark.run.evaluate_block(lm, {"local": folder})["tasks"]
+    tasks = benchmark.scoring.evaluate_block(lm, {"local": folder})["tasks"]
     expected = [[direct(ours.model, ours.tokenizer, q, f" {c}") for c in choices] for q in questions]
     assert np.allclose(tasks["t/choice"]["loglikelihoods"], expected, atol=5e-4)
     assert set(tasks) == {"t/choice", "t/text", "t/pairs"}
@@ -406,7 +407,8 @@ def test_winogrande_scores_one_continuation_behind_two_contexts(ours, tmp_path):
     rows = [{"sentence": "Sarah was a better surgeon than Maria so _ got the easier cases.", "option1": "Sarah",
              "option2": "Maria", "answer": answer} for answer in ("2", 1)]
     folder = write_jsonl(tmp_path / "w" / "wino.jsonl", rows)
-    task = benchmark.run.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]["w/wino"]
+    lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer)
+    task = benchmark.scoring.evaluate_block(lm, {"local": folder})["tasks"]["w/wino"]
     expected = [direct(ours.model, ours.tokenizer, f"Sarah was a better surgeon than Maria so {name}", " got the easier cases.")
                 for name in ("Sarah", "Maria")]
     assert task["loglikelihoods"][0] == task["loglikelihoods"][1] == pytest.approx(expected, abs=5e-4)
@@ -473,7 +475,7 @@ def test_an_unlabelled_split_of_a_yaml_task_is_refused(label, ours, english, tmp
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}, "cache_dir": str(tmp_path / "cache")},
         "doc_to_text": "{{ctx}}", "doc_to_choice": "choices", "doc_to_target": "label"}))
     with pytest.raises(su.ParameterError, match=f"unlabelled, item 1: its target {label} is no right answer"):
-        benchmark.run.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": tmp_path / "yaml"})
+        benchmark.scoring.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": tmp_path / "yaml"})
 
 
 def test_ties_share_the_point_and_are_counted(ours, english, notebook, tmp_path):
@@ -482,7 +484,7 @@ def test_ties_share_the_point_and_are_counted(ours, english, notebook, tmp_path)
                          + [{"sentence_good": a, "sentence_bad": b}, {"sentence_good": b, "sentence_bad": a}])
     write_jsonl(folder / "choice.jsonl", [{"query": a, "choices": [b, b, b, b], "label": 2},
                                           {"query": a, "choices": [c, "x", c], "label": 2}])
-    task = benchmark.run.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]
+    task = benchmark.scoring.evaluate_block(benchmark.lm.StentorLM(ours.model, ours.tokenizer), {"local": folder})["tasks"]
     pairs, choice = task["t/pairs"], task["t/choice"]
     assert pairs["items"]["acc,none"][:3] == [0.5] * 3 and sum(pairs["items"]["acc,none"][3:]) == 1
     assert pairs["metrics"]["acc,none"] == 0.5 and pairs["ties"] == {"acc,none": 3}
@@ -519,14 +521,14 @@ def test_a_model_that_knows_nothing_scores_chance(ours, tmp_path):
             parameter.zero_()
     tokens = [ours.tokenizer.decode([i]) for i in range(300, 340)]
     rows = [{"sentence_good": "zq" + a, "sentence_bad": "zq" + b} for a, b in zip(tokens, tokens[1:])]
-    task = benchmark.run.evaluate_block(benchmark.lm.StentorLM(blank, ours.tokenizer), {
+    task = benchmark.scoring.evaluate_block(benchmark.lm.StentorLM(blank, ours.tokenizer), {
         "local": write_jsonl(tmp_path / "t" / "pairs.jsonl", rows)})["tasks"]["t/pairs"]
     assert task["metrics"]["acc,none"] == 0.5 and task["ties"]["acc,none"] == len(rows) == 39
     assert task["lm_eval_metrics"]["acc,none"] == 1.0
     with torch.no_grad():
         blank.lm_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="t/pairs, item 0: the model's log-likelihood is not a number"):
-        benchmark.run.evaluate_block(benchmark.lm.StentorLM(blank, ours.tokenizer), {"local": tmp_path / "t"})
+        benchmark.scoring.evaluate_block(benchmark.lm.StentorLM(blank, ours.tokenizer), {"local": tmp_path / "t"})
 
 
 def test_generation_from_nothing_and_for_longer_than_the_model(ours, english):
@@ -565,16 +567,16 @@ def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
     folder = write_jsonl(tmp_path / "t" / "a.jsonl", hellaswag_items(english, 5))
     cache = benchmark.lm.Cache(tmp_path / "cache.sqlite")
     lm = benchmark.lm.StentorLM(ours.model, ours.tokenizer, cache=cache)
-    first = benchmark.run.evaluate_block(lm, {"local": folder})
+    first = benchmark.scoring.evaluate_block(lm, {"local": folder})
     lm.score = None                                   # calling it would fail: everything must come from the cache
-    again = benchmark.run.evaluate_block(lm, {"local": folder})
+    again = benchmark.scoring.evaluate_block(lm, {"local": folder})
     assert again["tasks"] == first["tasks"] and again["key"] == first["key"]
     import copy
     changed = copy.deepcopy(ours.model)
     with torch.no_grad():
         changed.model.norm.weight[0] += 1e-3
     other = benchmark.lm.StentorLM(changed, ours.tokenizer, cache=cache)
-    result = benchmark.run.evaluate_block(other, {"local": folder})
+    result = benchmark.scoring.evaluate_block(other, {"local": folder})
     assert result["key"] != first["key"] and result["tasks"]["t/a"]["loglikelihoods"] != first["tasks"]["t/a"]["loglikelihoods"]
     base = benchmark.lm.model_fingerprint(ours.model, ours.tokenizer)
     assert base != benchmark.lm.model_fingerprint(copy.deepcopy(ours.model).bfloat16(), ours.tokenizer)
@@ -583,15 +585,16 @@ def test_the_cache_serves_the_same_model_and_no_other(ours, english, tmp_path):
     assert base != benchmark.lm.model_fingerprint(theta, ours.tokenizer)
     resized = tm.TokenMonsterTokenizer.from_vocabulary(ours.tokenizer.vocabulary, vocab_size=len(ours.tokenizer) + 128)
     assert base != benchmark.lm.model_fingerprint(ours.model, resized)
-    assert base == benchmark.lm.model_fingerprint(benchmark.run.load_scored(str(ours.folder), "float32", torch.device("cpu"))[0], ours.tokenizer)
+    loaded, _ = benchmark.run.load_scored(str(ours.folder), "float32", torch.device("cpu"))
+    assert base == benchmark.lm.model_fingerprint(loaded, ours.tokenizer)
     rows = hellaswag_items(english, 5)                # another right answer to the same prompts: another key, and score
     rows[0]["label"] = (rows[0]["label"] + 1) % 4
     write_jsonl(folder / "a.jsonl", rows)
-    assert benchmark.run.evaluate_block(lm, {"local": folder})["key"] != first["key"]
+    assert benchmark.scoring.evaluate_block(lm, {"local": folder})["key"] != first["key"]
 
 
 KILLS = """
-import json, os, random, sys
+import json, os, random, sqlite3, sys
 from pathlib import Path
 import torch
 from stentor import benchmark
@@ -698,7 +701,8 @@ def test_items_from_the_training_text_are_found_and_others_not(tiny):
     items = {"copied": [[" ".join(trained[i:i + 20]).upper() + "!"] for i in (0, 9, 30)],     # case and signs do not matter
              "inside": [["something else before it " + " ".join(trained[20:33])], ["x " * 20 + " ".join(trained[20:32])]],
              "short": [[" ".join(trained[40:46])], ["zyx wvu tsr qpo nml kji"], ["too short"]],
-             "across": [[" ".join(trained[-7:] + benchmark.contamination.words_of(texts[6])[:7])]],      # the end of one document, the next one
+             # The end of one document, the beginning of the next one.
+             "across": [[" ".join(trained[-7:] + benchmark.contamination.words_of(texts[6])[:7])]],
              "fresh": [[" ".join(reversed(trained[:20]))], ["colourless green ideas sleep furiously " * 4]]}
     found = benchmark.contamination.contamination(items, tiny.store_dir, tiny.tokenizer)
     assert found["copied"] == {"items": 3, "items_checked": 3, "contaminated": 3, "short_checked": 0, "short_found": 0}
@@ -766,7 +770,8 @@ def test_planted_items_of_every_kind_are_found(form, ours, tiny, tmp_path):
 
 
 def test_words_are_what_is_left_without_case_and_signs():
-    assert benchmark.contamination.words_of("**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4") == [
+    text = "**Q**: \u201cDON\u2019T\u201d pay $1,000.50 for a well-known Stra\u00dfe!\n\nAnswer: 3/4"
+    assert benchmark.contamination.words_of(text) == [
         "dont", "pay", "100050", "for", "a", "wellknown", "strasse", "3", "4"]
     text = "Janet's 16 eggs (3.5 a day), a half-price STRASSE"
     assert benchmark.contamination.words_of(re.sub(r"[^\w\s]", "", text).lower()) == benchmark.contamination.words_of(text)
@@ -953,6 +958,7 @@ def test_less_bits_per_byte_is_the_better_rank(notebook):
 def test_the_formats_stand_in_the_notebook():
     cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
     about = next("".join(cell["source"]) for cell in cells if cell["id"] == "suite-about")
-    columns = {name for tells, _, _ in benchmark.tasks.KINDS.values() for names in tells for name in names}
-    for name in {*columns, *benchmark.rows.QUESTIONS, *benchmark.rows.PASSAGES, *benchmark.rows.LABELS, *benchmark.rows.TASK_FILES}:
+    columns = {name for tells, _, _ in benchmark.kinds.KINDS.values() for names in tells for name in names}
+    rows = benchmark.rows
+    for name in {*columns, *rows.QUESTIONS, *rows.PASSAGES, *rows.LABELS, *rows.TASK_FILES}:
         assert f"`{name}`" in about, name

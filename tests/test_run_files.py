@@ -170,6 +170,19 @@ def test_a_run_json_that_describes_none_is_refused_in_a_sentence(tmp_path, text,
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.parametrize("words", [
+    ["train", "absent.json"], ["fill", "absent.json", "topics"], ["benchmark", "absent.json"],
+    ["benchmark", "empty.json"], ["benchmark", "list.json"], ["summary", "absent"],
+    ["results", "absent", "README.md"]])
+def test_a_command_that_names_nothing_is_refused_in_a_sentence(tmp_path, monkeypatch, words, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "list.json").write_text('{"models": {}, "blocks": [], "dtype": "float32"}')
+    assert stentor.commands.main(words) == 2
+    said = capfd.readouterr().err
+    assert "cannot be read" in said and "Traceback" not in said and said.count("\n") == 1
+
+
 FROM_THE_HUB = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -181,10 +194,11 @@ su.launch(recipe, run / "tokens", "hf:me/words", run, say=lambda text: None, fil
 assert json.loads((run / "run.json").read_text())["tokenizer"] == "hf:me/words"
 stentor.launch.train_from_file(run / "run.json")
 own = su.load_model(finished / "final").state_dict()
-for model in (su.load_model("hf:me/model"), stentor.benchmark.run.load_scored("hf:me/model", "float32", torch.device("cpu"))[0]):
+cpu, load_scored = torch.device("cpu"), stentor.benchmark.run.load_scored
+for model in (su.load_model("hf:me/model"), load_scored("hf:me/model", "float32", cpu)[0]):
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
 assert not model.generation_config.do_sample and model.generation_config.repetition_penalty in (None, 1.0)     # the protocol's
-for load in (su.load_model, lambda name: stentor.benchmark.run.load_scored(name, "float32", torch.device("cpu"))):
+for load in (su.load_model, lambda name: load_scored(name, "float32", cpu)):
     try:
         load("hf:me/broken")
         raise SystemExit("weights that are missing were made up")

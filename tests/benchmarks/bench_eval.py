@@ -122,7 +122,7 @@ def blimp() -> dict | None:
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = benchmark.run.load_scored(str(a_model(Path(folder))), "float32", torch.device("cpu"))
     began = time.monotonic()
-    result = benchmark.run.evaluate_block(benchmark.lm.StentorLM(model, tokenizer), {"local": SHARED / "data" / "blimp"})
+    result = benchmark.scoring.evaluate_block(benchmark.lm.StentorLM(model, tokenizer), {"local": SHARED / "data" / "blimp"})
     seconds = time.monotonic() - began
     texts, mine = [], []
     for name, task in result["tasks"].items():

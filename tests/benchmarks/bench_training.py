@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 import stentor.checkpoints  # noqa: E402
 import stentor.engine  # noqa: E402
-import stentor.launch  # noqa: E402
+import stentor.process  # noqa: E402
 import stentor_utils as su  # noqa: E402
 from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary  # noqa: E402
 
@@ -183,7 +183,7 @@ def contest(name: str, shape: str, store_dir: str):
 
 def start(*arguments, ours: bool) -> subprocess.Popen:
     """This file again, as `arguments` say; ours with what `launch` sets, the others as a user starts them."""
-    env = {**(stentor.launch.PROCESS_ENVIRONMENT if ours else {}), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    env = {**(stentor.process.PROCESS_ENVIRONMENT if ours else {}), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], env=env, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
