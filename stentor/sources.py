@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
 from stentor.corpus import clean_text, local_corpus
 from stentor.files import ParameterError, SourceError
 from stentor.formats import BadRow, _Fields, _READABLE, _format, _is_data, _rows, _visible_files
@@ -28,55 +31,111 @@ def pin_revision(source: Source, **reading) -> Source:
 def source_files(source: Source, **reading) -> dict[str, int]:
     """{path, or name in the hub repository: bytes} of a source's files, in reading order.
 
-    Of a hub dataset those that its card lists for the config and split (YAML: configs, data_files); if it lists no such
-    config, those with its name in their path ("sample-10BT" is sample/10BT/...) and, if any file names it, the split's.
-    Raises ParameterError when there are none, or when a hub dataset has no such config or split.
+    Of a hub dataset those that its card lists for the config and split (YAML: configs, data_files,
+    data_dir); if it lists no such config, those with its name in their path ("sample-10BT" is
+    sample/10BT/...) and of these the split's. What a card's patterns and names like train-0.parquet
+    mean, `datasets` says. Raises ParameterError when there are none, or when a hub dataset has no
+    such config or split.
     """
     if not source.path.startswith("hf:"):
         return _local_files(source)
-    source, sizes, configs = pin_revision(source, **reading), {}, {}
+    source, sizes = pin_revision(source, **reading), {}
     page = f"api/datasets/{source.path[3:]}/tree/{source.revision}?recursive=true"
     while page:
         answer = _hub_read(source, page, "the list of files", **reading)
         sizes |= {item["path"]: item["size"] for item in answer.json() if item["type"] == "file"}
         page = answer.links.get("next", {}).get("url")
+    card = b""
     if "README.md" in sizes:
-        import yaml
-        card = HubFile(source, "README.md", sizes["README.md"], **reading).read().decode("utf-8", "replace")
-        front = re.match(r"---\s*\n(.*?)\n---", card, re.S)
-        with contextlib.suppress(yaml.YAMLError):     # a card that cannot be read lists nothing: the paths decide
-            front = yaml.safe_load(front[1]) if front else None
-        listed = front.get("configs") if isinstance(front, dict) else None
-        for item in listed if isinstance(listed, list) else []:
-            if isinstance(item, dict) and item.get("data_files"):
-                configs[str(item.get("config_name", "default"))] = item["data_files"]
-                if item.get("default"):
-                    configs["default"] = item["data_files"]
+        card = HubFile(source, "README.md", sizes["README.md"], **reading).read()
     names = sorted(name for name in sizes if _is_data(name))
-    config = source.config or (next(iter(configs)) if len(configs) == 1 else "default")
+    return {name: sizes[name] for name in _chosen(source, names, card.decode("utf-8", "replace"))}
+
+
+def _chosen(source: Source, names: list[str], card: str) -> list[str]:
+    """Those of a hub dataset's files that are the source's config and split."""
+    configs = _card_configs(card)
+    config = source.config
+    if config in (None, "default"):
+        config = "default"
+        with contextlib.suppress(ValueError):         # the card has several
+            config = configs.get_default_config_name() or config
     if config in configs:
-        globs, tokens = [], {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}     # as `datasets` reads them
-        for item in configs[config] if isinstance(configs[config], list) else [configs[config]]:
-            item = item if isinstance(item, dict) else {"split": "train", "path": item}
-            if item.get("split", "train") == source.split:
-                paths = item.get("path") or []
-                globs += [paths] if isinstance(paths, str) else paths
-        whole = "|".join("".join(tokens.get(t, re.escape(t)) for t in re.split(r"(\*\*/|\*\*|\*|\?)", glob)) for glob in globs)
-        names = [name for name in names if re.fullmatch(whole, name)]
+        names = _as_datasets_reads(names, configs[config], source.split)
     else:
         if config != "default" or configs:
-            near = [f"/{re.sub('[-_./]+', '/', text.lower())}/" for text in (config, *names)]
-            names = ([name for name in names if f"/{config}/" in f"/{name}"]
-                     or [name for name, path in zip(names, near[1:]) if near[0] in path])
-        in_split = [name for name in names if source.split in re.split("[^a-z]+", name.lower())]
-        names = in_split or (names if source.split == "train" else [])
-    # As `datasets` has it a config is of one kind: notes and tables beside its .parquet or .jsonl are not its documents.
+            names = _with_name(names, config)
+        names = (_as_datasets_reads(names, {}, source.split)
+                 or [name for name in names if source.split in re.split("[^a-z]+", name.lower())]
+                 or (names if source.split == "train" else []))
+    # As `datasets` has it a config is of one kind: notes and tables beside its .parquet or .jsonl
+    # are not its documents.
     names = [name for name in names if _format(name)[0] in ("parquet", "jsonl", "ndjson")] or names
     if not names:
-        raise ParameterError([f"source {source.name}: {source.path} has no file that can be read for config {config}, split "
-                              f"{source.split}; its card lists the configs: {', '.join(configs) or 'none'}. "
-                              f"What can be read: {_READABLE}."])
-    return {name: sizes[name] for name in names}
+        raise ParameterError([
+            f"source {source.name}: {source.path} has no file that can be read for config {config}, "
+            f"split {source.split}; its card lists the configs: {', '.join(configs) or 'none'}. "
+            f"What can be read: {_READABLE}."])
+    return names
+
+
+def _card_configs(card: str):
+    """The configs of a dataset card that say where their files are: datasets' MetadataConfigs."""
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+    configs = {}
+    if card.startswith("---"):
+        with contextlib.suppress(Exception):          # one that cannot be read lists nothing: the paths decide
+            configs = MetadataConfigs.from_dataset_card_data(DatasetCard(card).data)
+    return MetadataConfigs({str(name): config for name, config in configs.items()
+                            if config.get("data_files") or config.get("data_dir")})
+
+
+def _with_name(names: list[str], config: str) -> list[str]:
+    """The files in a folder of the config's name, or with its words in their path."""
+    wanted, *paths = [f"/{re.sub('[-_./]+', '/', text.lower())}/" for text in (config, *names)]
+    return ([name for name in names if f"/{config}/" in f"/{name}"]
+            or [name for name, path in zip(names, paths) if wanted in path])
+
+
+class _Listing(AbstractFileSystem):
+    """The names of a dataset's files as a file system, for `datasets` to look its patterns up in.
+
+    No request goes out. Left to ask the hub itself, it waits without a deadline, and takes a 404 of
+    a moment for a pattern without files: then it settles on other files, and says nothing.
+    """
+    protocol, cachable = "listing", False
+
+    def __init__(self, names=(), **options):
+        super().__init__(**options)
+        self.files = {name: {"name": name, "size": 0, "type": "file"} for name in names}
+
+    def info(self, path, **_):
+        if (path := self._strip_protocol(path)) not in self.files:
+            raise FileNotFoundError(path)
+        return self.files[path]
+
+    def find(self, path, **_):                        # glob picks from them
+        return self.files
+
+
+def _as_datasets_reads(names: list[str], config: dict, split: str) -> list[str]:
+    """The files of a split of one of a card's configs; {}: of a dataset whose card lists none."""
+    from datasets import DownloadConfig
+    from datasets.data_files import get_data_patterns, resolve_pattern, sanitize_patterns
+    fsspec.register_implementation("listing", _Listing, clobber=True)
+    within = DownloadConfig(storage_options={"listing": {"names": names}})
+    base, found = f"listing://{(config.get('data_dir') or '').strip('/')}", set()
+    with contextlib.suppress(FileNotFoundError, ValueError):   # nothing there; no name for a split
+        listed = config.get("data_files")
+        patterns = sanitize_patterns(listed) if listed else get_data_patterns(base, within)
+        for pattern in patterns.get(split, ()):
+            if "://" in pattern or pattern.startswith("/"):    # another host's files, or this one's
+                continue
+            pattern = re.sub(r"\*\*(?=[^/])", "**/*", pattern)  # data/**.parquet, as older ones had it
+            with contextlib.suppress(FileNotFoundError):
+                found |= set(resolve_pattern(pattern, base, download_config=within))
+    return sorted(name.removeprefix("listing://") for name in found)
 
 
 def _local_files(source: Source) -> dict[str, int]:

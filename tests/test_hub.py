@@ -521,6 +521,7 @@ def test_notebooks_show_the_sentence_and_no_stack(capsys):
 
 FRESH = """
 import json, os, sys
+import stentor_utils as su
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 api, name = HfApi(), "data/train-00001-of-00003.jsonl.gz"
 commit = api.dataset_info("owner/web").sha
