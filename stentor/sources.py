@@ -7,15 +7,14 @@ import itertools
 import re
 import time
 from pathlib import Path
-from urllib.parse import quote
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from stentor.corpus import clean_text, local_corpus
 from stentor.files import ParameterError, SourceError
-from stentor.formats import BadRow, _Fields, _READABLE, _format, _is_data, _rows, _visible_files
-from stentor.hub import HubFile, _hub_read
+from stentor.formats import _READABLE, BadRow, _Fields, _format, _is_data, _rows, _visible_files
+from stentor.hub import HubFile, _hub_read, hub_commit
 from stentor.recipes import Source
 
 
@@ -23,9 +22,10 @@ def pin_revision(source: Source, **reading) -> Source:
     """The source with its revision (None: main) resolved to the commit it names now; a full commit is left as it is."""
     if not source.path.startswith("hf:") or re.fullmatch("[0-9a-f]{40}", source.revision or ""):
         return source
-    source = dataclasses.replace(source, revision=source.revision or "main")
-    url = f"api/datasets/{source.path[3:]}/revision/{quote(source.revision, safe='')}"
-    return dataclasses.replace(source, revision=_hub_read(source, url, "the revision", **reading).json()["sha"])
+    revision = source.revision or "main"
+    commit = hub_commit(f"source {source.name}", f"{source.path} at revision {revision}",
+                        f"datasets/{source.path[3:]}", revision, **reading)
+    return dataclasses.replace(source, revision=commit)
 
 
 def source_files(source: Source, **reading) -> dict[str, int]:
@@ -85,7 +85,7 @@ def _card_configs(card: str):
     from huggingface_hub import DatasetCard
     configs = {}
     if card.startswith("---"):
-        with contextlib.suppress(Exception):          # one that cannot be read lists nothing: the paths decide
+        with contextlib.suppress(Exception):          # one that cannot be read lists nothing
             configs = MetadataConfigs.from_dataset_card_data(DatasetCard(card).data)
     return MetadataConfigs({str(name): config for name, config in configs.items()
                             if config.get("data_files") or config.get("data_dir")})
@@ -101,8 +101,8 @@ def _with_name(names: list[str], config: str) -> list[str]:
 class _Listing(AbstractFileSystem):
     """The names of a dataset's files as a file system, for `datasets` to look its patterns up in.
 
-    No request goes out. Left to ask the hub itself, it waits without a deadline, and takes a 404 of
-    a moment for a pattern without files: then it settles on other files, and says nothing.
+    No request goes out. Left to ask the hub itself it knew no deadline: at one 429 it slept the 214 s
+    that the hub named (huggingface_hub 2.4), or gave up (1.11).
     """
     protocol, cachable = "listing", False
 
@@ -116,7 +116,7 @@ class _Listing(AbstractFileSystem):
         return self.files[path]
 
     def find(self, path, **_):                        # glob picks from them
-        return self.files
+        return {name: about for name, about in self.files.items() if name.startswith(path)}
 
 
 def _as_datasets_reads(names: list[str], config: dict, split: str) -> list[str]:
@@ -143,16 +143,17 @@ def _local_files(source: Source) -> dict[str, int]:
     path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
     if path.is_file():
         if not _format(path.name)[0]:
-            raise ParameterError([f"source {source.name}: {path} cannot be read; what can be: {_READABLE}. "
-                                  "Unpack or convert it."])
+            raise ParameterError([f"source {source.name}: {path} cannot be read; what can be: "
+                                  f"{_READABLE}. Unpack or convert it."])
         return {str(path): path.stat().st_size}
     visible = _visible_files(path)
     files = [p for p in visible if _is_data(p.name)]
     if not files:
         there = f" (there: {', '.join(p.name for p in visible[:5])})" if visible else ""
-        raise ParameterError([f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
-                              f"with some{there}; nor does it begin with local: or hf:. What can be read: {_READABLE}."])
-    # The endings that were read first come first: cursors of stores from then count the files in this order.
+        raise ParameterError([
+            f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
+            f"with some{there}; nor does it begin with local: or hf:. What can be read: {_READABLE}."])
+    # The endings that were read first come first: cursors of stores from then count in this order.
     files.sort(key=lambda p: not p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")))
     return {str(p): p.stat().st_size for p in files}
 
@@ -166,18 +167,22 @@ def source_problems(source: Source) -> list[str]:
         first = [dataclasses.replace(source, path=name) for name in files
                  if _format(name)[0] in ("csv", "tsv", "parquet", "arrow")]
         for part in [source, *(first if len(files) > 1 else [])]:
-            with contextlib.suppress(SourceError):    # damaged: what stands before the damage is read first
-                next((value for value, _ in itertools.islice(documents(part), 1000) if value is not None), None)
+            with contextlib.suppress(SourceError):    # what stands before the damage is read first
+                rows = itertools.islice(documents(part), 1000)
+                next((value for value, _ in rows if value is not None), None)
     except ParameterError as error:
         return error.problems
     return []
 
 
-def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sleep=time.sleep, deadline: float | None = None):
-    """Stream a source: yields (text or whatever the row holds, cursor of the next row); None or BadRow for an unreadable row.
+def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sleep=time.sleep,
+              deadline: float | None = None):
+    """Stream a source: yields (text or whatever the row holds, cursor of the next row).
 
-    A hub dataset is read at one commit from first to last; a failed request is tried again (see `_hub_get`), and so is a
-    file that arrives damaged, from the same row on: nothing is lost or repeated. Raises SourceError when that does not help.
+    A row that cannot be read is None or BadRow. The cursor is {"file": i, "row": j}: from it the rest
+    of the stream can be read again. A hub dataset is read at one commit from first to last; a failed
+    request is tried again (see `_ask`), and so is a file that arrives damaged, from the same row on:
+    nothing is lost or repeated. Raises SourceError when that does not help.
     """
     reading = {"tries": tries, "sleep": sleep, "deadline": deadline}
     start = {"file": 0, "row": 0}
@@ -199,18 +204,20 @@ def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sle
             raise SourceError(f"{error} It stopped before row {cursor['row']:,} of {name}.") from None
         except Exception as error:                    # no sound parquet or gzip arrived; the next copy may be
             failures += 1
-            problem = (f"source {source.name}: {name} of {source.path} is damaged at or after row {cursor['row']:,} "
-                       f"({type(error).__name__}: {str(error)[:100]})")
+            problem = (f"source {source.name}: {name} of {source.path} is damaged at or after row "
+                       f"{cursor['row']:,} ({type(error).__name__}: {str(error)[:100]})")
             if failures == 3 or not hub:
-                raise SourceError(f"{problem}. Nothing written is lost: with a sound file the same call goes on; a dataset "
-                                  "without one needs another `revision` and a new folder.") from error
+                raise SourceError(f"{problem}. Nothing written is lost: with a sound file the same call "
+                                  "goes on; a dataset without one needs another `revision` and a new "
+                                  "folder.") from error
             print(f"{problem}; reading it again ({failures} of 2)", flush=True)
             sleep(2 ** failures)
     if not fields.found and fields.names:
         raise ParameterError([fields.problem()])
 
 
-def clean_documents(source: Source, cursor: dict | None = None, longest_document: int = 2_000_000, **reading):
+def clean_documents(source: Source, cursor: dict | None = None, longest_document: int = 2_000_000,
+                    **reading):
     """Stream a source cleaned: yields (text, None, cursor), or (None, why the row is skipped, cursor)."""
     for value, cursor in documents(source, cursor, **reading):
         reason, text = None, None
