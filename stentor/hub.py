@@ -19,7 +19,7 @@ from stentor.recipes import Source
 
 
 class _Unanswered(Exception):
-    """One request to the hub failed: why, how long it asks us to wait, whether asking again cannot help."""
+    """One request failed: why, how long the hub asks us to wait, whether asking again cannot help."""
 
     def __init__(self, problem: str, wait: int = 0, hopeless: bool = False):
         self.problem, self.wait, self.hopeless = problem, wait, hopeless
@@ -56,7 +56,8 @@ def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.
         if failed.hopeless:
             raise ParameterError([
                 f"{who}: the hub gave no {repo.removeprefix('hf:')} ({problem}); check both names, "
-                "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."]) from None
+                "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."
+            ]) from None
         if problem[:5] == "HTTP ":
             _answered.add(constants.ENDPOINT)
         elif constants.ENDPOINT not in _answered:
@@ -111,7 +112,8 @@ def _http_problem(answer) -> _Unanswered:
                        or (code in (401, 403) and str(answer.url).startswith(constants.ENDPOINT)))
 
 
-def _hub_get(who: str, repo: str, url: str, what: str, span: tuple[int, int] | None = None, **reading):
+def _hub_get(who: str, repo: str, url: str, what: str, span: tuple[int, int] | None = None,
+             **reading):
     """GET from the hub, as often as `_ask` (`reading`) sees fit.
 
     Fewer bytes than `span` (first, last) are a failure too.
@@ -141,7 +143,7 @@ def hub_commit(who: str, repo: str, page: str, revision: str, **reading) -> str:
 
 
 def _timeout():
-    """HF_HUB_DOWNLOAD_TIMEOUT, but less for the connection, as huggingface_hub's HTTP library has it."""
+    """HF_HUB_DOWNLOAD_TIMEOUT, but less for the connection, as the hub's HTTP library has it."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
     seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -151,7 +153,8 @@ def _timeout():
     return kind(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
-def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None, **reading) -> Path:
+def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None,
+               **reading) -> Path:
     """The local folder with those files of a model repository whose paths match `patterns` (globs).
 
     name: "hf:owner/name". They are kept in huggingface_hub's cache; without a network what lies there is
@@ -176,7 +179,7 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
 
 
 def _cached_snapshots(name: str, revision: str | None) -> list[Path]:
-    """The folders of a model repository in huggingface_hub's cache: newest first, or that of `revision`."""
+    """The folders of a model repository in the hub's cache: newest first, or that of `revision`."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.file_download import repo_folder_name
     if revision:

@@ -1,4 +1,4 @@
-"""Sources: which files they are, and the stream of their documents, cleaned, with a cursor to go on from."""
+"""Sources: which files they are, and the stream of their documents, with a cursor to go on from."""
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +19,10 @@ from stentor.recipes import Source
 
 
 def pin_revision(source: Source, **reading) -> Source:
-    """The source with its revision (None: main) resolved to the commit it names now; a full commit is left as it is."""
+    """The source with its revision (None: main) resolved to the commit it names now.
+
+    A full commit is left as it is.
+    """
     if not source.path.startswith("hf:") or re.fullmatch("[0-9a-f]{40}", source.revision or ""):
         return source
     revision = source.revision or "main"
@@ -132,7 +135,7 @@ def _as_datasets_reads(names: list[str], config: dict, split: str) -> list[str]:
         for pattern in patterns.get(split, ()):
             if "://" in pattern or pattern.startswith("/"):    # another host's files, or this one's
                 continue
-            pattern = re.sub(r"\*\*(?=[^/])", "**/*", pattern)  # data/**.parquet, as older ones had it
+            pattern = re.sub(r"\*\*(?=[^/])", "**/*", pattern)    # data/**.parquet, as it was once
             with contextlib.suppress(FileNotFoundError):
                 found |= set(resolve_pattern(pattern, base, download_config=within))
     return sorted(name.removeprefix("listing://") for name in found)
@@ -159,7 +162,7 @@ def _local_files(source: Source) -> dict[str, int]:
 
 
 def source_problems(source: Source) -> list[str]:
-    """What is wrong with a source on this machine, as far as the beginnings of its files tell; [] for the hub's."""
+    """What is wrong with a source here, as far as the beginnings of its files tell; [] for the hub's."""
     if source.path.startswith("hf:"):
         return []
     try:
@@ -179,10 +182,10 @@ def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sle
               deadline: float | None = None):
     """Stream a source: yields (text or whatever the row holds, cursor of the next row).
 
-    A row that cannot be read is None or BadRow. The cursor is {"file": i, "row": j}: from it the rest
-    of the stream can be read again. A hub dataset is read at one commit from first to last; a failed
-    request is tried again (see `_ask`), and so is a file that arrives damaged, from the same row on:
-    nothing is lost or repeated. Raises SourceError when that does not help.
+    A row that cannot be read is None or BadRow. The cursor is {"file": i, "row": j}: from it the
+    rest of the stream can be read again. A hub dataset is read at one commit from first to last; a
+    failed request is tried again (see `_ask`), and so is a file that arrives damaged, from the same
+    row on: nothing is lost or repeated. Raises SourceError when that does not help.
     """
     reading = {"tries": tries, "sleep": sleep, "deadline": deadline}
     start = {"file": 0, "row": 0}
@@ -201,8 +204,9 @@ def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sle
         except ParameterError:
             raise
         except SourceError as error:
-            raise SourceError(f"{error} It stopped before row {cursor['row']:,} of {name}.") from None
-        except Exception as error:                    # no sound parquet or gzip arrived; the next copy may be
+            row = cursor["row"]
+            raise SourceError(f"{error} It stopped before row {row:,} of {name}.") from None
+        except Exception as error:                    # no sound parquet or gzip; the next copy may be
             failures += 1
             problem = (f"source {source.name}: {name} of {source.path} is damaged at or after row "
                        f"{cursor['row']:,} ({type(error).__name__}: {str(error)[:100]})")
@@ -218,7 +222,7 @@ def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sle
 
 def clean_documents(source: Source, cursor: dict | None = None, longest_document: int = 2_000_000,
                     **reading):
-    """Stream a source cleaned: yields (text, None, cursor), or (None, why the row is skipped, cursor)."""
+    """Stream a source cleaned: yields (text, None, cursor), or (None, why it is skipped, cursor)."""
     for value, cursor in documents(source, cursor, **reading):
         reason, text = None, None
         if isinstance(value, BadRow):
