@@ -1,4 +1,4 @@
-"""Cleaning of text, and the embedded corpus: the documentation and source code that Python has installed."""
+"""Cleaning of text, and the embedded corpus: documentation and source code installed with Python."""
 from __future__ import annotations
 
 import ast
@@ -16,21 +16,18 @@ from pathlib import Path
 from stentor.files import ParameterError, cache_folder, write_atomically
 
 
-# Text: cleaning as the cards define it, and the sources. A document stream is resumable: every document comes with the
-# cursor {"file": i, "row": j} from which the rest of the stream can be read again.
-
-
 def clean_text(text: str, preserve_linebreaks: bool = False) -> str:
-    """The cards' cleaning: NFKC, then all white space to single spaces; for code the Stentor3 card keeps the lines.
+    """The cards' cleaning: NFKC, then all white space to single spaces.
 
-    One deliberate difference: the Stentor3 card writes `text.replace("\\\\r\\\\n", "\\\\n")`, an escaping slip of the page;
-    real carriage returns are meant and replaced here.
+    For code the Stentor3 card keeps the lines. One deliberate difference: that card writes
+    `text.replace("\\\\r\\\\n", "\\\\n")`, an escaping slip of the page; real carriage returns are meant
+    and replaced here.
     """
     text = unicodedata.normalize("NFKC", text)
     if preserve_linebreaks:
         lines = text.replace("\r\n", "\n").replace("\r", "\n").splitlines()
         return "\n".join(line.rstrip() for line in lines).strip()
-    return " ".join(text.split())         # the card's two joins in one: split() also splits at every line break
+    return " ".join(text.split())   # the card's two joins in one: it also splits at line breaks
 
 
 def _python_files(kind: str) -> list[Path]:
@@ -54,7 +51,7 @@ def _docstrings(path: Path) -> list[str]:
     """Docstrings and comment blocks of one Python file."""
     try:
         text = path.read_text(encoding="utf-8")
-        if '"""' not in text and "\n# " not in text:   # nothing to find: parsing is most of the cost
+        if '"""' not in text and "\n# " not in text:   # nothing to find; parsing is most of the cost
             return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # invalid escapes in other people's files
@@ -69,7 +66,7 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Running text rather than a parameter table, a formula or a doctest: long enough, and nearly all letters."""
+    """Running text, no parameter table, formula or doctest: long enough, and nearly all letters."""
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     return len(paragraph) >= 80 and letters >= 0.88 * len(paragraph) and ">>>" not in paragraph
 
@@ -77,51 +74,64 @@ def _is_prose(paragraph: str) -> bool:
 def _extract(kind: str) -> list[str]:
     """All documents of an embedded corpus, in a fixed pseudo-random order (by hash), none twice.
 
-    prose: paragraphs of running English in docstrings, comments, package descriptions and the language reference; a
-           paragraph that occurred before is left out, so that no validation paragraph was trained on.
-    math:  whole docstrings of sympy, mpmath and scipy.     code: whole source files up to 100 kB.
+    prose: paragraphs of running English in docstrings, comments, package descriptions and the
+           language reference; one that occurred before is left out, so that no validation paragraph
+           was trained on.
+    math:  whole docstrings of sympy, mpmath and scipy.
+    code:  whole source files up to 100 kB.
     """
     files = _python_files(kind)
     if kind == "code":
         documents = [path.read_bytes().decode("utf-8", "replace") for path in files
-                     if path.stat().st_size <= 100_000 and hashlib.sha256(str(path.name).encode()
-                                                                          + str(path.stat().st_size).encode()).digest()[0] < 64]
+                     if path.stat().st_size <= 100_000 and _is_drawn(path)]
     else:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=_fork()) as pool:
             found = list(pool.map(_docstrings, files, chunksize=32))
-        if kind == "math":
-            documents = ["\n\n".join(strings) for strings in found]
-        else:
-            descriptions = [path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
-                            for path in sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))]
-            from pydoc_data.topics import topics                    # the Python language reference, as text
-            found += [[text] for text in descriptions + list(topics.values())]
-            documents, seen = [], set()
-            for strings in found:
-                kept = []
-                for paragraph in re.split(r"\n\s*\n", "\n\n".join(strings)):
-                    paragraph = " ".join(paragraph.split())
-                    if _is_prose(paragraph) and (key := paragraph.lower()) not in seen:
-                        seen.add(key)
-                        kept.append(paragraph)
-                documents.append("\n\n".join(kept))
-    unique = {hashlib.sha256(text.encode()).digest(): text for text in documents if len(text) >= 200}
+        documents = _prose(found) if kind == "prose" else map("\n\n".join, found)
+    unique = {hashlib.sha256(text.encode()).digest(): text
+              for text in documents if len(text) >= 200}
     return [unique[key] for key in sorted(unique)]
+
+
+def _is_drawn(path: Path) -> bool:
+    """One file in four, by its name and size."""
+    named = path.name.encode() + str(path.stat().st_size).encode()
+    return hashlib.sha256(named).digest()[0] < 64
+
+
+def _prose(found: list[list[str]]) -> list[str]:
+    """The running text in `found`, in package descriptions and in Python's language reference."""
+    from pydoc_data.topics import topics
+    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))
+    descriptions = [path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
+                    for path in packages]
+    documents, seen = [], set()
+    for strings in found + [[text] for text in descriptions + list(topics.values())]:
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", "\n\n".join(strings)):
+            paragraph = " ".join(paragraph.split())
+            if _is_prose(paragraph) and (key := paragraph.lower()) not in seen:
+                seen.add(key)
+                kept.append(paragraph)
+        documents.append("\n\n".join(kept))
+    return documents
 
 
 def _fork():
     import multiprocessing
-    return multiprocessing.get_context("fork")       # workers only read text; spawning would import torch in each
+    return multiprocessing.get_context("fork")   # workers only read text; spawned, each imports torch
 
 
 def local_corpus(kind: str) -> Path:
-    """The embedded corpus "prose" | "code" | "math" as a .jsonl file, extracted once and kept in the cache folder.
+    """The embedded corpus "prose" | "code" | "math" as a .jsonl file, extracted once.
 
-    The name carries a hash of the installed files' names and sizes: another installation is another corpus.
-    The cache is `cache_folder()`. Raises ParameterError when the file is not in it and it cannot be written.
+    It is kept in `cache_folder()`. The name carries a hash of the installed files' names and sizes:
+    another installation is another corpus. Raises ParameterError when the file is not there and cannot
+    be written.
     """
     if kind not in ("prose", "code", "math"):
-        raise ParameterError([f"local:{kind} is not an embedded corpus; known: local:prose, local:code, local:math."])
+        raise ParameterError([f"local:{kind} is not an embedded corpus; known: local:prose, local:code, "
+                              "local:math."])
     files = _python_files(kind)
     names = "extraction 1\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
     cache = cache_folder()
@@ -129,10 +139,10 @@ def local_corpus(kind: str) -> Path:
     if not path.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=cache).close()            # asked before the work, not after it
+            tempfile.TemporaryFile(dir=cache).close()      # asked before the work, not after it
             lines = "".join(json.dumps({"text": text}) + "\n" for text in _extract(kind))
             write_atomically(path, lines.encode("utf-8", "surrogatepass"))
         except OSError as error:
-            raise ParameterError([f"local:{kind} is kept in {cache}, which cannot be written ({error.strerror}); set "
-                                  "STENTOR_CACHE to a folder that can."]) from None
+            raise ParameterError([f"local:{kind} is kept in {cache}, which cannot be written "
+                                  f"({error.strerror}); set STENTOR_CACHE to a folder that can."]) from None
     return path

@@ -1,7 +1,7 @@
 """Rows of text files as people's tools write them: one reader for each format, all by blocks.
 
-How the files are written, and one reader for each way. A reader yields (number of the next row, value) and holds a few
-megabytes, however long the file is.
+A reader yields (number of the next row, value) from row `start` on and holds a few megabytes, however
+long the file is.
 """
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from stentor.recipes import Source
 
 codecs.register_error("lone_surrogate", lambda error: ("\ud800", error.end))
 
-# How the files are written, and one reader for each way. A reader yields (number of the next row, value) from row `start` on
-# and holds a few megabytes, however long the file is.
-_LONGEST_ROW = 32 << 20                               # characters: one line, element, record or document of a .txt
+_LONGEST_ROW = 32 << 20     # characters: one line, element, record or document of a .txt
 _PACKINGS = ("gz", "bz2", "xz", "zst", "lz4")
 _FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt", "parquet", "arrow")
-_READABLE = f".{', .'.join(_FORMATS[:6])}, these also packed as .{', .'.join(_PACKINGS)}; .parquet, .arrow"
-_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",    # datasets.data_files'
-             "state.json")                            # FILES_TO_IGNORE, and what save_to_disk writes beside its .arrow
+_READABLE = (f".{', .'.join(_FORMATS[:6])}, these also packed as .{', .'.join(_PACKINGS)}; "
+             ".parquet, .arrow")
+# datasets.data_files' FILES_TO_IGNORE, and what save_to_disk writes beside its .arrow.
+_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ _TOO_LONG = BadRow(f"longer than {_LONGEST_ROW:,} characters")
 
 
 def _format(name: str) -> tuple[str, str]:
-    """(one of _FORMATS, one of _PACKINGS or "") by the name's endings; ("", "") for what cannot be read."""
+    """(one of _FORMATS, one of _PACKINGS or "") by the name's endings; ("", "") if it cannot be read."""
     endings = ["", *re.split(r"[/\\]", name.lower())[-1].split(".")[1:]]
     packing = endings.pop() if endings[-1] in _PACKINGS else ""
     if endings[-1] not in _FORMATS or (packing and endings[-1] in ("parquet", "arrow")):
@@ -55,16 +54,20 @@ def _is_hidden(name: str) -> bool:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder).as_posix())]
-
-
-_NO_TEXT = {b"\x1f\x8b": "is packed by gzip", b"BZh": "is packed by bzip2", b"\xfd7zXZ": "is packed by xz",
-            b"\x28\xb5\x2f\xfd": "is packed by zstd", b"PK\x03\x04": "is a zip archive", b"PAR1": "is a parquet file",
-            b"ARROW1": "is an arrow file", b"version https://git-lfs": "is a pointer of Git LFS (fetch the file: git lfs pull)"}
+    return [p for p in sorted(folder.rglob("*"))
+            if p.is_file() and not _is_hidden(p.relative_to(folder).as_posix())]
 
 
 def _is_data(name: str) -> bool:
-    return bool(_format(name)[0]) and not _is_hidden(name) and name.rpartition("/")[2].lower() not in _NOT_DATA
+    beside = name.rpartition("/")[2].lower() in _NOT_DATA
+    return bool(_format(name)[0]) and not _is_hidden(name) and not beside
+
+
+_NO_TEXT = {b"\x1f\x8b": "is packed by gzip", b"BZh": "is packed by bzip2",
+            b"\xfd7zXZ": "is packed by xz", b"\x28\xb5\x2f\xfd": "is packed by zstd",
+            b"PK\x03\x04": "is a zip archive", b"PAR1": "is a parquet file",
+            b"ARROW1": "is an arrow file",
+            b"version https://git-lfs": "is a pointer of Git LFS (fetch the file: git lfs pull)"}
 
 
 def _unpacked(file, packing: str):
@@ -85,7 +88,10 @@ def _unpacked(file, packing: str):
 
 
 def _blocks(file, name: str):
-    """The text of an open file, a megabyte at a time: in the encoding that its first bytes tell, every line end as \\n."""
+    """The text of an open file, a megabyte at a time, every line end as \\n.
+
+    In the encoding that its first bytes tell.
+    """
     block = file.read(1 << 20)
     for magic, what in _NO_TEXT.items():
         if block.startswith(magic):
@@ -99,13 +105,14 @@ def _blocks(file, name: str):
 
 
 def _split(blocks, separator: str):
-    """What stands between the separators; nothing behind a last one. What is over _LONGEST_ROW comes cut, and longer than that.
+    """What stands between the separators; nothing behind a last one.
 
-    Lines are split at "\n". Not by str.splitlines, which also splits at the U+2028, U+0085 and form feeds inside a text.
+    What is over _LONGEST_ROW comes cut, and longer than that. Lines are split at "\n", not by
+    str.splitlines, which also splits at the U+2028, U+0085 and form feeds inside a text.
     """
     rest = ""
     for block in blocks:
-        searched = max(0, len(rest) - len(separator) + 1)                # a separator may lie on the border of two blocks
+        searched = max(0, len(rest) - len(separator) + 1)     # one may lie on the border of two blocks
         first, *others = (rest[searched:] + block).split(separator)
         rest = rest[:min(searched, _LONGEST_ROW + 1)] + first
         if others:
@@ -121,7 +128,8 @@ def _json(text: str):
     if len(text) > _LONGEST_ROW:
         return _TOO_LONG
     try:
-        return json.loads(text.removeprefix("\ufeff"), strict=False)      # not strict: a bare tab in a string is a tab
+        # Not strict: a bare tab in a string is a tab.
+        return json.loads(text.removeprefix("\ufeff"), strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -136,10 +144,10 @@ _JSON_PARTS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[{]|[\]}]|,', re.DOT
 
 
 def _json_values(blocks, base: int):
-    """The text of each element of an array (base 1), or of each of several objects one after the other (base 0).
+    """The text of each element of an array (base 1), or of each of several objects in a row (base 0).
 
-    Only strings, brackets and commas are looked at: an element that is no JSON does not stop it. Raises ValueError where the
-    file ends inside of one, or one is too long.
+    Only strings, brackets and commas are looked at: an element that is no JSON does not stop it.
+    Raises ValueError where the file ends inside of one, or one is too long.
     """
     text, place, begin, depth = "", 0, 0, 0
     for block in blocks:
@@ -170,7 +178,7 @@ def _json_values(blocks, base: int):
 
 
 def _json_rows(blocks, pick, start: int):
-    """The rows of a .json: an array's elements; an object, or several; or JSON lines, which many files of the name hold."""
+    """The rows of a .json: an array's elements; an object, or several; or JSON lines, as in many."""
     head = next(blocks)
     begin = head.lstrip()
     blocks = itertools.chain([head], blocks)
@@ -185,8 +193,8 @@ def _json_rows(blocks, pick, start: int):
 def _csv_records(lines, delimiter: str):
     """The fields of each record, the header first; None for a record that is unlike the header.
 
-    A quote that opens and is never closed would swallow the records behind it: where the rules are broken, only the first
-    line is taken as it stands, and the next one begins a record again.
+    A quote that opens and is never closed would swallow the records behind it: where the rules are
+    broken, only the first line is taken as it stands, and the next one begins a record again.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_ROW))
     waiting, taken, width = [], [], None
@@ -216,7 +224,8 @@ def _csv_records(lines, delimiter: str):
             reader = csv.reader(feed(), delimiter=delimiter, strict=True)
             for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL):
                 with contextlib.suppress(csv.Error, StopIteration):
-                    record = record or fitting(next(csv.reader([line], delimiter=delimiter, quoting=quoting)))
+                    alone = csv.reader([line], delimiter=delimiter, quoting=quoting)
+                    record = record or fitting(next(alone))
         if fields is None:
             return
         if fields:                                    # an empty line is no record
@@ -242,7 +251,10 @@ _SEPARATORS = re.compile(r"^[ \t]*<\|doc\|>[ \t]*$|<\|endoftext\|>", re.MULTILIN
 
 
 def _between_lines(lines, separator: str):
-    """The lines between those that are the separator, joined; nothing where two separators meet or one is first or last."""
+    """The lines between those that are the separator, joined.
+
+    Nothing where two separators meet or one is first or last.
+    """
     size, parts = 0, []
     for line in itertools.chain(lines, [separator]):
         if line.strip(" \t\ufeff") != separator:
@@ -255,11 +267,17 @@ def _between_lines(lines, separator: str):
 
 
 def _txt_documents(blocks, start: int):
-    """Documents of a .txt: a line <|doc|> stands between two, or <|endoftext|> anywhere if no such line is near the first."""
+    """Documents of a .txt: between two stands a line <|doc|>.
+
+    Or <|endoftext|> anywhere, if no such line is near the first.
+    """
     head = ""
-    while not _SEPARATORS.search(head) and len(head) <= _LONGEST_ROW and (block := next(blocks, None)) is not None:
+    while not _SEPARATORS.search(head) and len(head) <= _LONGEST_ROW:
+        if (block := next(blocks, None)) is None:
+            break
         head += block
-    found, blocks = {match[0].strip() for match in _SEPARATORS.finditer(head)}, itertools.chain([head], blocks)
+    found = {match[0].strip() for match in _SEPARATORS.finditer(head)}
+    blocks = itertools.chain([head], blocks)
     if found == {"<|endoftext|>"}:
         texts = filter(None, (text.strip("\n") for text in _split(blocks, "<|endoftext|>")))
     else:
@@ -272,15 +290,16 @@ def _txt_documents(blocks, start: int):
 def _column(name: str, field: str, columns: list[str]) -> int:
     if field not in columns:
         listed = ", ".join(str(column)[:60] for column in columns[:20]) or "none"
-        raise ParameterError([f"{name} has no column {field!r}; its columns: {listed}. Set text_field to one of them, or "
-                              "take the file out of the source's folder."])
+        raise ParameterError([f"{name} has no column {field!r}; its columns: {listed}. Set text_field "
+                              "to one of them, or take the file out of the source's folder."])
     return columns.index(field)
 
 
 def _arrow_rows(batches, field: str | None, row: int, start: int):
     """Rows of pyarrow record batches, the first of them row number `row`."""
     for batch in batches:
-        values = batch.to_struct_array() if field is None else batch.column(batch.schema.names.index(field))
+        values = (batch.to_struct_array() if field is None
+                  else batch.column(batch.schema.names.index(field)))
         for i in range(max(0, start - row), len(values)):
             try:
                 value = values[i].as_py()
@@ -293,9 +312,10 @@ def _arrow_rows(batches, field: str | None, row: int, start: int):
 
 
 def _parquet_rows(file, name: str, field: str | None, start: int):
-    """A row group may be as large as the file: its pages are read a few at a time, and as many rows as make about 4 MB."""
+    """A row group may be as large as the file: its pages are read a few at a time, about 4 MB of rows."""
     import pyarrow.parquet as pq
     parquet = pq.ParquetFile(file, buffer_size=4 << 20, pre_buffer=False)
+    columns = None if field is None else [field]
     if field is not None:
         _column(name, field, parquet.schema_arrow.names)
     row = 0
@@ -306,7 +326,7 @@ def _parquet_rows(file, name: str, field: str | None, start: int):
             size = sum(chunk.total_uncompressed_size for chunk in chunks
                        if field in (None, chunk.path_in_schema.partition(".")[0]))
             rows = min(max(1, (4 << 20) * about.num_rows // max(size, 1)), 256)
-            batches = parquet.iter_batches(rows, [group], field if field is None else [field], use_threads=False)
+            batches = parquet.iter_batches(rows, [group], columns, use_threads=False)
             yield from _arrow_rows(batches, field, row, start)
         row += about.num_rows
 
@@ -326,10 +346,11 @@ def _arrow_file_rows(file, name: str, field: str | None, start: int):
 
 
 class _Fields:
-    """Takes the text field from rows that may each have other fields, and knows what stands there if none has it."""
+    """Takes the text field from rows that may each have other fields; if none has it, says which have."""
 
     def __init__(self, source: Source, found: bool):
-        self.source, self.found, self.names, self.rows = source, found or source.text_field is None, {}, 0
+        self.source, self.found = source, found or source.text_field is None
+        self.names, self.rows = {}, 0
 
     def pick(self, row):
         field = self.source.text_field
@@ -339,19 +360,20 @@ class _Fields:
             self.found = True
             return row[field]
         if not self.found:
-            self.names |= dict.fromkeys(row if isinstance(row, dict) else [f"none, a row is of type {type(row).__name__}"])
+            there = row if isinstance(row, dict) else [f"none, a row is of type {type(row).__name__}"]
+            self.names |= dict.fromkeys(there)
             self.rows += 1
             if self.rows == 1000:
                 raise ParameterError([self.problem()])
 
     def problem(self) -> str:
         listed = ", ".join(name[:60] for name in list(self.names)[:20])
-        return (f"source {self.source.name}: no row of {self.source.path} has a field {self.source.text_field!r}; the fields "
-                f"there: {listed}. Set text_field to one of them.")
+        return (f"source {self.source.name}: no row of {self.source.path} has a field "
+                f"{self.source.text_field!r}; the fields there: {listed}. Set text_field to one of them.")
 
 
 def _rows(file, name: str, field: str | None, fields: _Fields, start: int):
-    """(number of the next row, the text field of the row or with None the dict) of an open file from row `start` on."""
+    """(number of the next row, the row's text field or with None its dict) of an open file."""
     kind, packing = _format(name)
     if kind == "parquet":
         yield from _parquet_rows(file, name, field, start)

@@ -19,22 +19,29 @@ from stentor.recipes import Source
 
 
 class _Unanswered(Exception):
-    """One request to the hub failed: why, how long it asks us to wait, and whether asking again cannot help."""
+    """One request failed: why, how long the hub asks us to wait, whether asking again cannot help."""
 
     def __init__(self, problem: str, wait: int = 0, hopeless: bool = False):
         self.problem, self.wait, self.hopeless = problem, wait, hopeless
 
 
-FIRST_TRIES = 3             # while the hub has answered nothing at all: after 1 + 2 s there is no network, not a hiccup
-CONNECT_SECONDS = 5         # in which the kernel itself asks three times; a slow resolver has asked more than once too
+# While the hub has answered nothing at all: after 1 + 2 s there is no network, not a hiccup.
+FIRST_TRIES = 3
+# In these the kernel itself asks three times; a slow resolver has asked more than once too.
+CONNECT_SECONDS = 5
 _answered = set()           # the endpoints that this process had an answer from
+NO_NETWORK = ("Is there a network? On Kaggle switch Internet on (notebook > Settings > Internet; it needs "
+              "a verified phone number); elsewhere see HF_ENDPOINT and the proxy, or name a local file "
+              "or folder instead.")
 
 
-def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.sleep, deadline: float | None = None):
+def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.sleep,
+         deadline: float | None = None):
     """request(), tried again after 1, 2, 4 ... 60 s or as long as the hub asks, when it raises.
 
-    who: "source web"; repo: "hf:owner/name at revision main". Raises SourceError after `tries`, when the next wait would
-    pass `deadline` (as time.monotonic()), or after FIRST_TRIES without one answer; ParameterError where asking cannot help.
+    who: "source web"; repo: "hf:owner/name at revision main". Raises SourceError after `tries`, when
+    the next wait would pass `deadline` (as time.monotonic()), or after FIRST_TRIES without one answer;
+    ParameterError where asking cannot help.
     """
     from huggingface_hub import constants
     for attempt in range(1, tries + 1):
@@ -45,48 +52,53 @@ def _ask(who: str, repo: str, what: str, request, *, tries: int = 8, sleep=time.
             return answer
         except Exception as error:
             failed = error if isinstance(error, _Unanswered) else _as_unanswered(error)
+        problem = failed.problem
         if failed.hopeless:
-            raise ParameterError([f"{who}: the hub gave no {repo.removeprefix('hf:')} ({failed.problem}); check both names, "
-                                  "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."]) from None
-        if failed.problem[:5] == "HTTP ":
+            raise ParameterError([
+                f"{who}: the hub gave no {repo.removeprefix('hf:')} ({problem}); check both names, "
+                "HF_TOKEN, HF_HUB_OFFLINE, and whether its page asks you to accept conditions."
+            ]) from None
+        if problem[:5] == "HTTP ":
             _answered.add(constants.ENDPOINT)
-        elif constants.ENDPOINT not in _answered and (
-                attempt >= FIRST_TRIES or ("Connect" in failed.problem and time.monotonic() - began > CONNECT_SECONDS / 2)):
-            raise SourceError(f"{who}: {repo} could not be read, because the hub does not answer ({failed.problem}). "
-                              f"{NO_NETWORK}") from None
+        elif constants.ENDPOINT not in _answered:
+            long = "Connect" in problem and time.monotonic() - began > CONNECT_SECONDS / 2
+            if long or attempt >= FIRST_TRIES:
+                raise SourceError(f"{who}: {repo} could not be read, because the hub does not answer "
+                                  f"({problem}). {NO_NETWORK}") from None
         wait = max(min(2 ** (attempt - 1), 60), failed.wait)
         late = deadline is not None and time.monotonic() + wait > deadline
         if late or attempt == tries:
-            hint = "" if failed.problem[:5] == "HTTP " else f" {NO_NETWORK}"
-            raise SourceError(f"{who}: {what} of {repo} could not be read: {failed.problem}, try {attempt} of {tries}"
-                              f"{f'; {wait:,} s more would pass the deadline' if late else ''}. Nothing written is "
-                              f"lost: run the same again and it goes on from there.{hint}") from None
-        print(f"{who}: {failed.problem} at {what}; try {attempt + 1} of {tries} in {wait:,} s", flush=True)
+            past = f"; {wait:,} s more would pass the deadline" if late else ""
+            hint = "" if problem[:5] == "HTTP " else f" {NO_NETWORK}"
+            raise SourceError(f"{who}: {what} of {repo} could not be read: {problem}, try {attempt} of "
+                              f"{tries}{past}. Nothing written is lost: run the same again and it goes "
+                              f"on from there.{hint}") from None
+        print(f"{who}: {problem} at {what}; try {attempt + 1} of {tries} in {wait:,} s", flush=True)
         sleep(wait)
 
 
-NO_NETWORK = ("Is there a network? On Kaggle switch Internet on (notebook > Settings > Internet; it needs a verified phone "
-              "number); elsewhere see HF_ENDPOINT and the proxy, or name a local file or folder instead.")
-
-
 def _as_unanswered(error: Exception) -> _Unanswered:
-    """What an exception of an HTTP library or of huggingface_hub means; of its text, which may hold a signed URL, only the
-    system's own words are said."""
+    """What an exception of an HTTP library or of huggingface_hub means.
+
+    Of its text, which may hold a signed URL, only the system's own words are said.
+    """
     seen = []
     while error is not None:                          # huggingface_hub wraps what it met
         if getattr(error, "response", None) is not None:
             return _http_problem(error.response)
         seen.append(error)
         error = error.__cause__ or error.__context__
-    names = [type(error).__name__ for error in seen if type(error).__name__ != "LocalEntryNotFoundError"]
+    names = [name for name in (type(error).__name__ for error in seen)
+             if name != "LocalEntryNotFoundError"]
     for error in seen:
         if isinstance(error, OSError) and (error.errno == errno.ENOSPC or error.filename):
-            raise ParameterError([f"the hub's cache cannot be written ({error.filename or names[0]}: {error.strerror}); set "
-                                  "HF_HOME to a folder that can, with room in it."]) from None
+            raise ParameterError([
+                f"the hub's cache cannot be written ({error.filename or names[0]}: {error.strerror}); "
+                "set HF_HOME to a folder that can, with room in it."]) from None
     if "OfflineModeIsEnabled" in names:
         return _Unanswered("OfflineModeIsEnabled", hopeless=True)
-    why = next((error.strerror for error in seen if isinstance(error, OSError) and error.strerror), None)
-    return _Unanswered(": ".join(filter(None, ((names or ["no answer"])[0], why))))
+    why = [error.strerror for error in seen if isinstance(error, OSError) and error.strerror]
+    return _Unanswered(": ".join([*names, "no answer"][:1] + why[:1]))
 
 
 def _http_problem(answer) -> _Unanswered:
@@ -100,14 +112,16 @@ def _http_problem(answer) -> _Unanswered:
                        or (code in (401, 403) and str(answer.url).startswith(constants.ENDPOINT)))
 
 
-def _hub_get(who: str, repo: str, url: str, what: str, span: tuple[int, int] | None = None, **reading):
-    """GET from the hub, as often as `_ask` (`reading`) sees fit; fewer bytes than `span` (first, last) are a failure too.
+def _hub_get(who: str, repo: str, url: str, what: str, span: tuple[int, int] | None = None,
+             **reading):
+    """GET from the hub, as often as `_ask` (`reading`) sees fit.
 
-    No message holds a URL or a header: a redirect's URL is signed, a header carries the token.
+    Fewer bytes than `span` (first, last) are a failure too.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session
-    url, wanted = url if url.startswith("http") else f"{constants.ENDPOINT}/{url}", {"accept-encoding": "identity"}
+    url = url if url.startswith("http") else f"{constants.ENDPOINT}/{url}"
+    wanted = {"accept-encoding": "identity"}
     if span:
         wanted["range"] = f"bytes={span[0]}-{span[1]}"
 
@@ -115,26 +129,36 @@ def _hub_get(who: str, repo: str, url: str, what: str, span: tuple[int, int] | N
         answer = get_session().get(url, headers=build_hf_headers() | wanted, timeout=_timeout())
         if answer.status_code not in (200, 206):
             raise _http_problem(answer)
-        if not (len(answer.content) == span[1] - span[0] + 1 if span else answer.json()):
-            raise _Unanswered(f"HTTP {answer.status_code}, cut off after {len(answer.content):,} bytes")
+        received = len(answer.content)
+        if not (received == span[1] - span[0] + 1 if span else answer.json()):
+            raise _Unanswered(f"HTTP {answer.status_code}, cut off after {received:,} bytes")
         return answer
     return _ask(who, repo, what, request, **reading)
 
 
+def hub_commit(who: str, repo: str, page: str, revision: str, **reading) -> str:
+    """The commit that a revision names now; page: "models/owner/name" or "datasets/owner/name"."""
+    url = f"api/{page}/revision/{quote(revision, safe='')}"
+    return _hub_get(who, repo, url, "the revision", **reading).json()["sha"]
+
+
 def _timeout():
-    """HF_HUB_DOWNLOAD_TIMEOUT, but less for the connection; as the HTTP library that huggingface_hub uses has it."""
+    """HF_HUB_DOWNLOAD_TIMEOUT, but less for the connection, as the hub's HTTP library has it."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
     seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    kind = type(getattr(get_session(), "timeout", None))          # httpx.Timeout or httpx2.Timeout; requests has none
-    return kind(seconds, connect=min(seconds, CONNECT_SECONDS)) if kind.__name__ == "Timeout" else seconds
+    kind = type(getattr(get_session(), "timeout", None))    # of httpx or httpx2; requests has none
+    if kind.__name__ != "Timeout":
+        return seconds
+    return kind(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
-def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None, **reading) -> Path:
-    """The local folder with those files of a model repository ("hf:owner/name") whose paths match `patterns` (globs).
+def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = None,
+               **reading) -> Path:
+    """The local folder with those files of a model repository whose paths match `patterns` (globs).
 
-    They are kept in huggingface_hub's cache; without a network what lies there is used, if a file of the first pattern does.
-    `reading`, SourceError and ParameterError: as for `documents`.
+    name: "hf:owner/name". They are kept in huggingface_hub's cache; without a network what lies there is
+    used, if a file of the first pattern does. `reading`, SourceError, ParameterError: as for `documents`.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -142,8 +166,7 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
     logging.set_verbosity_error()                     # its warnings hold signed URLs
     name = name.removeprefix("hf:")
     try:
-        url = f"api/models/{name}/revision/{quote(revision or 'main', safe='')}"
-        commit = _hub_get(who, f"hf:{name}", url, "the revision", **reading).json()["sha"]
+        commit = hub_commit(who, f"hf:{name}", f"models/{name}", revision or "main", **reading)
     except StentorError:
         for folder in _cached_snapshots(name, revision):
             if any(folder.glob(patterns[0])):
@@ -151,26 +174,36 @@ def hub_folder(name: str, patterns: list[str], who: str, revision: str | None = 
         raise
     below = None if "/" in "".join(patterns) else ["*/*"]         # a * also matches folders
     return Path(_ask(who, f"hf:{name}", "the files", lambda: snapshot_download(
-        name, revision=commit, allow_patterns=patterns, ignore_patterns=below, endpoint=constants.ENDPOINT), **reading))
+        name, revision=commit, allow_patterns=patterns, ignore_patterns=below,
+        endpoint=constants.ENDPOINT), **reading))
 
 
 def _cached_snapshots(name: str, revision: str | None) -> list[Path]:
-    """The folders of a model repository in huggingface_hub's cache: the newest first, or that of `revision`."""
+    """The folders of a model repository in the hub's cache: newest first, or that of `revision`."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.file_download import repo_folder_name
     if revision:
         with contextlib.suppress(Exception):
             return [Path(snapshot_download(name, revision=revision, local_files_only=True))]
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
-    return [] if revision else sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)
+        return []
+    repo = repo_folder_name(repo_id=name, repo_type="model")
+    folder = Path(constants.HF_HUB_CACHE) / repo / "snapshots"
+    return sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)
 
 
 def _hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
-    return _hub_get(f"source {source.name}", f"{source.path} at revision {source.revision}", url, what, span, **reading)
+    """_hub_get for a dataset, named as its source is."""
+    repo = f"{source.path} at revision {source.revision}"
+    return _hub_get(f"source {source.name}", repo, url, what, span, **reading)
 
 
 class HubFile(AbstractBufferedFile):
-    """A file of a pinned hub dataset, read by range requests: only what is asked for is fetched (of parquet: one column)."""
+    """A file of a pinned hub dataset: only what is asked for is fetched (of parquet: one column).
+
+    Not huggingface_hub's own HfFileSystemFile: of a body cut short it handed on 10,000 of 20,000 bytes
+    as if they were all; one 429 had it sleep the 214 s that the hub named, past any deadline; a 403's
+    text held the signed URL (1.11 and 2.4), and at a cut connection 1.11 gave up.
+    """
 
     def __init__(self, source: Source, name: str, size: int, **reading):
         url = f"datasets/{source.path[3:]}/resolve/{source.revision}/{quote(name)}"

@@ -18,6 +18,8 @@ import pytest
 from conftest import REPO
 from hub_server import HubServer
 
+import stentor.growing
+import stentor.hub
 import stentor.sources
 import stentor_utils as su
 
@@ -253,6 +255,25 @@ def test_the_revision_is_resolved_once_recorded_and_kept(hub, tiny, tmp_path):
     assert first in str(caught.value) and second in str(caught.value) and "no longer" in str(caught.value)
 
 
+def test_what_is_held_out_beside_a_source_is_that_of_the_commit_it_was_begun_with(hub, tiny, tmp_path):
+    """The growing store fills a folder for each source; main of one moves on between two of them."""
+    held, text = tiny.recipe.max_eval_samples, "words of training text " * 40
+    now, later = ([f"{when} held out {i}" for i in range(held)] for when in ("now", "later"))
+    first = hub.commit("owner/web", {"a.jsonl": shard(".jsonl", [*now, *[text] * 9])})
+    hub.commit("owner/code", {"a.jsonl": shard(".jsonl", [*(f"code {i}" for i in range(held)), *now, *later, text])})
+    recipe = dataclasses.replace(tiny.recipe, token_budget=10 ** 6, sources=(
+        source(weight=0.5), su.Source("code", "hf:owner/code", 0.5)))
+
+    def fill(name):
+        stentor.growing.fill_source(recipe, tiny.tokenizer, tmp_path, name, shard_tokens=6400)
+        return json.loads((tmp_path / name / "manifest.json").read_text())["sources"][name]
+    assert fill("web")["revision"] == first
+    second = hub.commit("owner/web", {"a.jsonl": shard(".jsonl", [*later, *[text] * 9])})
+    entry = fill("code")
+    assert entry["skipped"] == {"also in validation": held} and entry["documents"] == held + 1
+    assert not [path for _, path, _, _ in hub.log if second in path]
+
+
 def test_a_stream_stays_at_its_commit_when_main_moves(hub):
     files, texts = dataset(".parquet")
     first = hub.commit("owner/web", files)
@@ -358,6 +379,36 @@ def test_a_missing_config_or_split_is_named(hub):
 def test_a_card_that_says_nothing_of_use_leaves_it_to_the_paths(hub, front):
     hub.commit("owner/web", {"data/train-0.jsonl": b"x", "data/test-0.jsonl": b"x", "README.md": b"---\n" + front + b"\n---\n"})
     assert list(stentor.sources.source_files(source())) == ["data/train-0.jsonl"]
+
+
+DIRS = ["README.md", "en/data/train-0.jsonl", "en/data/test-0.jsonl", "en/more.jsonl", "fr/a.jsonl", "fr/b/c.jsonl",
+        "fr/.hidden/d.jsonl", "train.jsonl"]
+
+
+@pytest.mark.parametrize("config, split, expected", [
+    ({"data_dir": "en"}, "test", ["en/data/test-0.jsonl"]),
+    ({"data_dir": "en/"}, "train", ["en/data/train-0.jsonl"]),
+    ({"data_dir": "fr"}, "train", ["fr/a.jsonl", "fr/b/c.jsonl"]),       # no file there names a split
+    ({"data_dir": "fr"}, "test", None),
+    ({"data_dir": "de"}, "train", None),
+    ({"data_dir": "en", "data_files": "more.jsonl"}, "train", ["en/more.jsonl"]),
+    ({"data_dir": "en", "data_files": [{"split": "test", "path": ["more.jsonl", "data/test-*"]}]}, "test",
+     ["en/data/test-0.jsonl", "en/more.jsonl"]),
+    ({"data_files": "en/**.jsonl"}, "train", DIRS[2:0:-1] + [DIRS[3]]),
+    ({"data_files": "fr/[a-c].jsonl"}, "train", ["fr/a.jsonl"]),
+    ({"data_files": ["fr/*", "fr/*.jsonl", "nothing/*"]}, "train", ["fr/a.jsonl"]),
+    ({"data_files": ["hf://datasets/owner/other/a.jsonl", "/etc/*", "https://127.0.0.1/x.jsonl"]}, "train", None)])
+def test_a_cards_folders_and_patterns_are_read_as_datasets_does(hub, config, split, expected):
+    import yaml
+    front = yaml.safe_dump({"configs": [{"config_name": "x", **config}, {"config_name": "y", "data_files": "train.jsonl"}]})
+    hub.commit("owner/web", dict.fromkeys(DIRS, b"x") | {"README.md": f"---\n{front}---\n".encode()})
+    asked = source(config="x", split=split)
+    if expected is None:
+        with pytest.raises(su.ParameterError, match=f"config x, split {split}; its card lists the configs: x, y"):
+            stentor.sources.source_files(asked)
+    else:
+        assert list(stentor.sources.source_files(asked)) == expected
+    assert all("/owner/web/" in path for _, path, _, _ in hub.log)
 
 
 # --- the token
@@ -521,6 +572,7 @@ def test_notebooks_show_the_sentence_and_no_stack(capsys):
 
 FRESH = """
 import json, os, sys
+import stentor_utils as su
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 api, name = HfApi(), "data/train-00001-of-00003.jsonl.gz"
 commit = api.dataset_info("owner/web").sha

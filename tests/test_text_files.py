@@ -359,7 +359,7 @@ def test_workers_keep_each_others_validation_out_too(tiny, tmp_path):
 
 PEAK = """
 import sys
-import pyarrow.parquet, stentor_utils as su
+import datasets, pyarrow.parquet, stentor_utils as su      # datasets: 70 MB, once, for what a hub dataset's files are
 def peak():                                            # not ru_maxrss: that is handed on by the process before the exec
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
