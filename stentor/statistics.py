@@ -20,13 +20,14 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     share, shrink = right / n, 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    low = 0.0 if right == 0 else max(0.0, middle - half)         # exactly: rounding misses both ends by 1e-17
+    # Both ends exactly: rounding misses them by 1e-17.
+    low = 0.0 if right == 0 else max(0.0, middle - half)
     high = 1.0 if right == n else min(1.0, middle + half)
     return low, high
 
 
 def proportion(right: float, n: int) -> dict[str, float]:
-    """{"share", "low", "high"} of `right` in n, with Wilson's 95% interval; all nan where n is 0."""
+    """{"share", "low", "high"} of `right` in n, with Wilson's interval; all nan where n is 0."""
     low, high = wilson(right, n)
     return {"share": right / n if n else math.nan, "low": low, "high": high}
 
@@ -37,10 +38,11 @@ def standard_error(items) -> float:
 
 
 def resampled_means(items, resamples: int, seed: int = 0) -> np.ndarray:
-    """Bootstrap: the means of `resamples` samples of the items, drawn with replacement and as many as there are."""
+    """Bootstrap: the means of `resamples` samples, each of as many items as there are, drawn with
+    replacement."""
     items, generator = np.asarray(items, float), np.random.default_rng(seed)
-    draws = (generator.integers(0, len(items), len(items)) for _ in range(resamples))     # one at a time: memory
-    return np.array([items[draw].mean() for draw in draws])
+    count = len(items)                                # one sample at a time: memory stays flat
+    return np.array([items[generator.integers(0, count, count)].mean() for _ in range(resamples)])
 
 
 def bootstrap(items, resamples: int, seed: int = 0) -> tuple[float, float]:
@@ -50,7 +52,8 @@ def bootstrap(items, resamples: int, seed: int = 0) -> tuple[float, float]:
 
 
 def repetition(text: str) -> float:
-    """Share of the words' triples that occurred before in the same text, from 0 to 1; 0 below four words."""
+    """Share of the words' triples that occurred before in the same text, from 0 to 1; 0 below four
+    words."""
     words = re.findall(r"\w+", text.lower())
     triples = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(triples)) / len(triples) if len(triples) > 1 else 0.0

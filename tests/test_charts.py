@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = ROOT.parent / "shared" / "seeds"
 sys.path.insert(0, str(ROOT))
 from stentor import charts as suite  # noqa: E402
+from stentor.statistics import wilson  # noqa: E402
 
 PUBLISHED = json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
 CELLS = [cell for cell in json.loads((ROOT / "notebooks/06_charts.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -365,6 +366,32 @@ def test_phenomena_phases_and_probe_are_those_of_the_files(charts, outputs):
     assert "35 prompts" in first.get_xlabel() and "larger suite" in second.get_xlabel()
 
 
+def test_ties_count_as_halves_in_the_interval_of_a_phenomenon(charts, tmp_path):
+    (tmp_path / "run/benchmark/run").mkdir(parents=True)
+    task = {"phenomenon": "ties", "items": {"acc,none": [0.5] * 3 + [1.0, 0.0]}}
+    (tmp_path / "run/benchmark/run/pairs.json").write_text(json.dumps({"tasks": {"ties": task}}))
+    ax, = charts["draw_blimp"](charts["load_runs"]([tmp_path / "run"])).axes
+    middle, _, (whisker,) = ax.containers[0]
+    assert middle.get_xdata() == [50]
+    assert whisker.get_segments()[0][:, 0] == pytest.approx([100 * end for end in wilson(2.5, 5)])
+
+
+def test_the_curves_of_02_and_03(charts, outputs, tmp_path):
+    """One run's loss and bits per byte in its colour, the anneal shaded, what it has to beat dashed; shown and saved."""
+    figure = suite.draw_training(outputs / "demo", anneal_from=510, yardsticks={"byte bigram model": 3.77})
+    run, = charts["load_runs"]([outputs / "demo"])
+    loss, bits = figure.axes
+    assert loss.get_ylabel() == "loss (nats per token)" and bits.get_ylim()[0] == 0 and bits.get_ylim()[1] > 3.77
+    for ax, y in ((loss, "loss"), (bits, "bits_per_byte")):
+        held = next(line for line in ax.lines if line.get_marker() == "o")
+        assert held.get_ydata().tolist() == suite.series(run["eval"], "step", y)[1].tolist()
+        assert held.get_color() == run["colour"] and "anneal" in {text.get_text() for text in ax.texts}
+    assert [line.get_ydata()[0] for line in bits.lines if line.get_linestyle() == "--"] == [3.77]
+    assert "byte bigram model" in {text.get_text() for text in bits.texts}
+    suite.show(figure, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new/curves.png").stat().st_size > 5_000
+
+
 def test_a_short_run_stays_in_view(charts, outputs, tmp_path):
     """Two evaluations, alone and beside a long run: its end is inside the axes, and nothing is squeezed to nothing."""
     (tmp_path / "short").mkdir()
@@ -525,7 +552,7 @@ def test_the_notebook_ends_well_with_half_of_the_files_missing(outputs, tmp_path
 
 @pytest.mark.parametrize("parameters, sentence", [
     ({"RUN": "dmeo"}, r"RUN = 'dmeo' is not in .*which holds demo, long-run, low-rate"),
-    ({"RUN": "demo,,low-rate"}, r"RUN = 'demo,,low-rate' is not in"),
+    ({"RUN": "demo,,low-rate"}, r"RUN = 'demo,,low-rate' must be names of run folders, each once; '' is none"),
     ({"RUN": 3}, r"RUN = 3 must be the name of a run folder"),
     ({"RUNS": "demo"}, r"RUNS is not a parameter"),
     ({"PROFILE": "gpu"}, r"PROFILE = 'gpu' must be one of"),

@@ -37,7 +37,7 @@ def held_out_starts(run_dir, count: int, length: int) -> list[list[int]]:
 
 
 def continuations(run_dir, prompts: list[list[int]], max_new_tokens: int, seed: int):
-    """(texts, stopped, max_new_tokens): one continuation of each prompt by final/, with su.GENERATION.
+    """(texts, stopped, max_new_tokens): what final/ makes of each prompt, with su.GENERATION.
 
     prompts: token ids, all of one length. stopped: whether a text ended by itself. max_new_tokens
     comes back as the context allowed it.
@@ -49,7 +49,7 @@ def continuations(run_dir, prompts: list[list[int]], max_new_tokens: int, seed: 
     length, end = len(prompts[0]), tokenizer.eos_token_id
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - length)
     torch.manual_seed(seed)
-    ids = torch.tensor(prompts, device=model.device)  # (count, length): all of one length, no padding
+    ids = torch.tensor(prompts, device=model.device)  # (count, length): no padding
     with torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_length=length + max_new_tokens,
