@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 # The palette.
 
 INK, GREY, PALE_GREY, PALEST_GREY = "#222222", "#767676", "#C9C9C9", "#EFEFEF"
+OTHERS = "#9A9A9A"                                    # models that are nobody's here
 BLUE, SKY, GREEN, ORANGE = "#0072B2", "#9BD3F5", "#009E73", "#E69F00"
 VERMILION, PURPLE, YELLOW, BLACK = "#D55E00", "#CC79A7", "#F0E442", "#000000"
 TINTS = "#CFE8F7", "#FCE3B4", "#CDEBDD", "#F3D3E4"    # behind text
@@ -166,6 +167,24 @@ def draw_intervals(ax, at, middles, lows, highs, **style):
     middles, lows, highs = (np.asarray(values, float) for values in (middles, lows, highs))
     error = np.maximum(0, [middles - lows, highs - middles])
     return ax.errorbar(middles, at, xerr=error, **{"markersize": 6, "linewidth": 1.2, **style})
+
+
+def mixture_colours(sources) -> dict[str, str]:
+    """{source: colour}, by their names in order."""
+    return {source: MIXTURE_COLOURS[i % len(MIXTURE_COLOURS)]
+            for i, source in enumerate(sorted(sources))}
+
+
+def draw_shares(ax, at, shares, colours) -> None:
+    """Stacked percentages {source: values at `at`}, each named at the right edge with its last."""
+    ax.stackplot(at, list(shares.values()), colors=[colours[source] for source in shares],
+                 edgecolor="white", linewidth=0.8)
+    ax.set(xlim=(at[0], at[-1]), ylim=(0, 100))
+    ax.grid(False)
+    last = np.array([values[-1] for values in shares.values()])
+    middles = np.cumsum(last) - last / 2
+    label_right(ax, [(middle, f"{source} {share:.3g}%", INK)
+                     for middle, source, share in zip(middles, shares, last)])
 
 
 # Training curves: 02 and 03 draw their run, 06 several.

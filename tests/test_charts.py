@@ -13,6 +13,7 @@ import matplotlib
 import matplotlib.backends.backend_agg
 import numpy as np
 import pytest
+from notebook_functions import load_functions
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,6 +391,25 @@ def test_the_curves_of_02_and_03(charts, outputs, tmp_path):
     assert "byte bigram model" in {text.get_text() for text in bits.texts}
     suite.show(figure, tmp_path / "new" / "curves.png")
     assert (tmp_path / "new/curves.png").stat().st_size > 5_000
+
+
+def test_the_chart_of_05_has_every_score_in_its_models_colour():
+    draw = load_functions("05_benchmark")["draw_scores"]
+    rows = [{"task": task, "model": model, "metric": metric, "score": score, "low": score - 0.1, "high": score + 0.2,
+             "chance": 0.25}
+            for task, metric in (("arc_easy", "acc"), ("text", "bits_per_byte"), ("gsm8k", "acc"))
+            for model, score in (("demo", 0.3), ("stentor2-12m", 0.4))]
+    block = {"tasks": {"ties": {"phenomenon": "ties", "items": {"acc,none": [0.5] * 3 + [1.0, 0.0]}}}}
+    tasks, phenomena = draw(rows, {"demo": {"pairs": block}, "stentor2-12m": {}}).axes
+    assert [label.get_text() for label in tasks.get_yticklabels()] == ["arc_easy", "gsm8k"], "bits per byte is no score"
+    colours = suite.colours_of(["demo", "stentor2-12m"])
+    for container, score in zip(tasks.containers, (0.3, 0.4), strict=True):
+        middle, _, (whiskers,) = container
+        assert middle.get_xdata().tolist() == [score] * 2 and middle.get_color() == colours[container.get_label()]
+        assert whiskers.get_segments()[0][:, 0] == pytest.approx([score - 0.1, score + 0.2])
+    assert phenomena.containers[0][2][0].get_segments()[0][:, 0] == pytest.approx(wilson(2.5, 5))
+    alone, = draw(rows, {"demo": {}, "stentor2-12m": {}}).axes
+    assert alone.get_xlabel() == "score (dashed: chance)"
 
 
 def test_a_short_run_stays_in_view(charts, outputs, tmp_path):
