@@ -19,12 +19,15 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     learner stopping    model, optimiser and average in one; signals and the deadline
     train launch        Run.train, the one loop; a process of its own for it
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
+    statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
 """
+import importlib
 import sys
 
+from stentor import statistics                                                                      # noqa: F401
 from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, newest_state, save_checkpoint, verify_checkpoint)
@@ -60,11 +63,11 @@ from stentor.train import TrainingDiverged, train                               
 
 
 def __getattr__(name: str):
-    """`su.benchmark`, when it is asked for: it needs lm_eval, which not every image has."""
-    if name != "benchmark":
+    """`su.benchmark` and `su.charts`, when they are asked for: lm_eval is not in every image, and
+    matplotlib is not needed by what trains."""
+    if name not in ("benchmark", "charts"):
         raise AttributeError(f"stentor_utils has no {name!r}")
-    import stentor.benchmark
-    return stentor.benchmark
+    return importlib.import_module(f"stentor.{name}")
 
 
 if __name__ == "__main__":

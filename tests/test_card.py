@@ -236,7 +236,6 @@ def test_limitations_are_measured_on_held_out_text(run_dir, tiny):
     assert problems, "a file that has come since makes the card out of date"
     assert "4 continuations of 16 held-out tokens" in su.write_model_card(run_dir).read_text()
     assert stentor.card.check.check_model_card(run_dir) == []
-    assert stentor.card.limitations.repetition("a b c d e") == 0 and stentor.card.limitations.repetition("a b c " * 9) > 0.8
 
 
 def test_a_dry_run_lists_exactly_what_would_go_and_finds_secrets(run_dir, monkeypatch):

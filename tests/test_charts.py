@@ -13,11 +13,15 @@ import matplotlib
 import matplotlib.backends.backend_agg
 import numpy as np
 import pytest
+from notebook_functions import load_functions
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = ROOT.parent / "shared" / "seeds"
 sys.path.insert(0, str(ROOT))
+from stentor import charts as suite  # noqa: E402
+from stentor.statistics import wilson  # noqa: E402
+
 PUBLISHED = json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
 CELLS = [cell for cell in json.loads((ROOT / "notebooks/06_charts.ipynb").read_text(encoding="utf-8"))["cells"]
          if cell["cell_type"] == "code"]
@@ -35,10 +39,9 @@ def charts():
     """The functions of the notebook: what its cells tagged `functions` define."""
     import stentor_utils
 
-    namespace = execute({"stentor_utils": stentor_utils, "Path": Path},
-                        lambda cell: "functions" in cell["metadata"].get("tags", []))
-    with matplotlib.rc_context(namespace["STYLE"]):
-        yield namespace
+    with matplotlib.rc_context():
+        yield execute({"stentor_utils": stentor_utils, "su": stentor_utils, "Path": Path},
+                      lambda cell: "functions" in cell["metadata"].get("tags", []))
 
 
 def write_run(folder, steps=600, tokens_per_step=8192, seconds_per_step=0.25, final=3.9, seed=0, fp16=True):
@@ -239,7 +242,7 @@ def test_broken_files_are_survived(charts, outputs, tmp_path):
     run, = charts["load_runs"]([tmp_path])
     assert len(run["train"]) + len(run["eval"]) == len(lines)
     assert run["train"][0]["loss"] == 1.25 and run["train"][0]["learning_rate"] > 0, "the later line adds to the first"
-    assert 4 not in charts["series"](run["train"], "step", "loss")[0], "a loss that is not a number is no point"
+    assert 4 not in suite.series(run["train"], "step", "loss")[0], "a loss that is not a number is no point"
     assert sum(isinstance(figure, str) for figure in charts_of(charts, [run]).values()) == 5  # compute needs two
 
 
@@ -250,8 +253,8 @@ def test_foreign_runs(charts, tmp_path):
             "3300,0.9,,3.2814,26.61,Best", "3662,1.0,,3.2565,25.96,final"]  # fmt: skip
     (tmp_path / "a/curves.csv").write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")
     run, = charts["load_runs"]([tmp_path / "a"])
-    assert charts["series"](run["eval"], "step", "perplexity")[1].tolist() == [34.50, 26.61, 25.96]
-    assert charts["best_row"](run)["step"] == 3300, "the last row noted as best, as in the card"
+    assert suite.series(run["eval"], "step", "perplexity")[1].tolist() == [34.50, 26.61, 25.96]
+    assert suite.best_row(run)["step"] == 3300, "the last row noted as best, as in the card"
 
     transformers = pytest.importorskip("transformers")
     for step in (20, 100):
@@ -263,7 +266,7 @@ def test_foreign_runs(charts, tmp_path):
         state.save_to_json(str(tmp_path / f"b/checkpoint-{step}/trainer_state.json"))
     run, = charts["load_runs"]([tmp_path / "b"])
     assert [row["step"] for row in run["train"]] == list(range(10, 101, 10)) == [row["step"] for row in run["eval"]]
-    assert charts["best_row"](run)["loss"] == pytest.approx(3.2)
+    assert suite.best_row(run)["loss"] == pytest.approx(3.2)
     assert run["eval"][-1]["perplexity"] == pytest.approx(math.exp(3.2))
     assert not isinstance(charts_of(charts, [run])["health"], str)
 
@@ -285,8 +288,8 @@ def test_numbers_behind_the_charts(charts, outputs):
     top = charts["draw_curves"]([run], "bits_per_byte").axes[0].get_ylim()[1]
     assert run["eval"][1]["bits_per_byte"] < top < 0.8 * run["eval"][0]["bits_per_byte"], "the start is cut off"
     line = np.linspace(9.0, 3.0, 500)
-    assert charts["smooth"](line)[:480] == pytest.approx(line[:480]), "no lag on a slope"
-    assert charts["smooth"](np.array([4.0])) == pytest.approx([4.0])
+    assert suite.smooth(line)[:480] == pytest.approx(line[:480]), "no lag on a slope"
+    assert suite.smooth(np.array([4.0])) == pytest.approx([4.0])
     run, = charts["load_runs"]([outputs / "demo"])
     _, waits = charts["waiting_share"](run["train"])
     assert waits == pytest.approx(np.full(300, 2.0)), "0.01 s of every 0.5 s"
@@ -294,7 +297,7 @@ def test_numbers_behind_the_charts(charts, outputs):
     assert x == "tokens" and sum(shares.values()) == pytest.approx(np.full(len(at), 100.0))
     assert shares["math"][[0, -1]] == pytest.approx([0, 30])
     for number, text in ((950, "950"), (12_000, "12,000"), (240_001_024, "240M"), (8.5e9, "8.5B"), (2e-4, "0.0002")):
-        assert charts["short"](number) == text
+        assert suite.short(number) == text
 
 
 def test_benchmark_bars_are_the_scores(charts, outputs):
@@ -314,7 +317,7 @@ def test_benchmark_bars_are_the_scores(charts, outputs):
         assert np.allclose(whiskers, [[float(expected[task, name][key]) for key in ("low", "high")] for name in names])
         chance = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
         assert chance == [float(row["chance"])] if row["chance"] else not chance
-    assert charts["colour_of"]("Stentor2-12M", [run]) == charts["MODEL_COLOURS"]["stentor2-12m"]
+    assert charts["colour_of"]("Stentor2-12M", [run]) == suite.MODEL_COLOURS["stentor2-12m"]
 
 
 def test_foreign_lm_eval_results(charts, tmp_path):
@@ -337,7 +340,7 @@ def test_foreign_lm_eval_results(charts, tmp_path):
     assert set(rows) == {"arc_easy", "truthfulqa_mc2", "blimp_wh_island", "gsm8k"} and rows["gsm8k"]["score"] == 0.02
     arc = rows["arc_easy"]
     assert (arc["model"], arc["metric"], arc["score"], arc["chance"], arc["n"]) == ("other", "acc_norm", 0.35, 0.25, 2376)
-    assert (arc["low"], arc["high"]) == pytest.approx((0.3304, 0.3696))
+    assert (arc["low"], arc["high"]) == pytest.approx((0.3304, 0.3696), abs=1e-6)
     assert rows["truthfulqa_mc2"]["chance"] is None and rows["blimp_wh_island"]["chance"] == 0.5
     assert len(charts["draw_benchmark"]([run], tmp_path / "published.json").axes) == 4
 
@@ -356,12 +359,57 @@ def test_phenomena_phases_and_probe_are_those_of_the_files(charts, outputs):
     for ax in figure.axes:
         texts = [text.get_text() for text in ax.texts]
         assert texts[:3] == ["safety\nwarm-up\n2 steps", "main\n4 steps", "stop\ncalibration\n6 steps"]
-        line = next(line for line in ax.lines if line.get_color() == charts["SOURCE_COLOURS"]["dolly"])
+        line = next(line for line in ax.lines if line.get_color() == suite.SOURCE_COLOURS["dolly"])
         assert line.get_xdata().tolist() == [1, 2] and line.get_ydata() == pytest.approx([5.4, 5.0])
     first, second = charts["draw_probe"]([run]).axes
     shown = {container.get_label(): container[0].get_xdata().tolist() for container in first.containers}
     assert shown == {"base": [0, 12.5, 25, 37.5], "card": [12.5, 25, 37.5, 50], "better": [25, 37.5, 50, 62.5]}
     assert "35 prompts" in first.get_xlabel() and "larger suite" in second.get_xlabel()
+
+
+def test_ties_count_as_halves_in_the_interval_of_a_phenomenon(charts, tmp_path):
+    (tmp_path / "run/benchmark/run").mkdir(parents=True)
+    task = {"phenomenon": "ties", "items": {"acc,none": [0.5] * 3 + [1.0, 0.0]}}
+    (tmp_path / "run/benchmark/run/pairs.json").write_text(json.dumps({"tasks": {"ties": task}}))
+    ax, = charts["draw_blimp"](charts["load_runs"]([tmp_path / "run"])).axes
+    middle, _, (whisker,) = ax.containers[0]
+    assert middle.get_xdata() == [50]
+    assert whisker.get_segments()[0][:, 0] == pytest.approx([100 * end for end in wilson(2.5, 5)])
+
+
+def test_the_curves_of_02_and_03(charts, outputs, tmp_path):
+    """One run's loss and bits per byte in its colour, the anneal shaded, what it has to beat dashed; shown and saved."""
+    figure = suite.draw_training(outputs / "demo", anneal_from=510, yardsticks={"byte bigram model": 3.77})
+    run, = charts["load_runs"]([outputs / "demo"])
+    loss, bits = figure.axes
+    assert loss.get_ylabel() == "loss (nats per token)" and bits.get_ylim()[0] == 0 and bits.get_ylim()[1] > 3.77
+    for ax, y in ((loss, "loss"), (bits, "bits_per_byte")):
+        held = next(line for line in ax.lines if line.get_marker() == "o")
+        assert held.get_ydata().tolist() == suite.series(run["eval"], "step", y)[1].tolist()
+        assert held.get_color() == run["colour"] and "anneal" in {text.get_text() for text in ax.texts}
+    assert [line.get_ydata()[0] for line in bits.lines if line.get_linestyle() == "--"] == [3.77]
+    assert "byte bigram model" in {text.get_text() for text in bits.texts}
+    suite.show(figure, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new/curves.png").stat().st_size > 5_000
+
+
+def test_the_chart_of_05_has_every_score_in_its_models_colour():
+    draw = load_functions("05_benchmark")["draw_scores"]
+    rows = [{"task": task, "model": model, "metric": metric, "score": score, "low": score - 0.1, "high": score + 0.2,
+             "chance": 0.25}
+            for task, metric in (("arc_easy", "acc"), ("text", "bits_per_byte"), ("gsm8k", "acc"))
+            for model, score in (("demo", 0.3), ("stentor2-12m", 0.4))]
+    block = {"tasks": {"ties": {"phenomenon": "ties", "items": {"acc,none": [0.5] * 3 + [1.0, 0.0]}}}}
+    tasks, phenomena = draw(rows, {"demo": {"pairs": block}, "stentor2-12m": {}}).axes
+    assert [label.get_text() for label in tasks.get_yticklabels()] == ["arc_easy", "gsm8k"], "bits per byte is no score"
+    colours = suite.colours_of(["demo", "stentor2-12m"])
+    for container, score in zip(tasks.containers, (0.3, 0.4), strict=True):
+        middle, _, (whiskers,) = container
+        assert middle.get_xdata().tolist() == [score] * 2 and middle.get_color() == colours[container.get_label()]
+        assert whiskers.get_segments()[0][:, 0] == pytest.approx([score - 0.1, score + 0.2])
+    assert phenomena.containers[0][2][0].get_segments()[0][:, 0] == pytest.approx(wilson(2.5, 5))
+    alone, = draw(rows, {"demo": {}, "stentor2-12m": {}}).axes
+    assert alone.get_xlabel() == "score (dashed: chance)"
 
 
 def test_a_short_run_stays_in_view(charts, outputs, tmp_path):
@@ -443,8 +491,8 @@ def test_one_model_has_one_colour(charts, outputs):
     colours = {run["name"]: run["colour"] for run in runs}
     assert len(set(colours.values())) == 3
     for order in itertools.permutations(names):
-        assert charts["colours_of"](order) == colours, "the order on the command line changes no colour"
-    assert charts["colours_of"](["demo"])["demo"] == colours["demo"], "nor does company"
+        assert suite.colours_of(order) == colours, "the order on the command line changes no colour"
+    assert suite.colours_of(["demo"])["demo"] == colours["demo"], "nor does company"
 
     for y in ("loss", "perplexity", "bits_per_byte"):
         for ax in charts["draw_curves"](runs, y).axes:
@@ -453,7 +501,7 @@ def test_one_model_has_one_colour(charts, outputs):
              for ax in charts[draw](runs).axes for text in ax.texts if "starts at" not in text.get_text()]  # fmt: skip
     assert len(named) > 10 and all(text.get_color() == colours[text.get_text().split(":")[0]] for text in named)
 
-    expected = charts["MODEL_COLOURS"]
+    expected = suite.MODEL_COLOURS
     curves = charts["draw_published"](ROOT / "published.json")
     assert all(line.get_color() == expected[line.get_label()]
                for ax in curves.axes for line in ax.lines if line.get_marker() == "o")
@@ -488,8 +536,9 @@ def lab(rgb):
 
 @pytest.mark.parametrize("vision", VISION)
 def test_colours_stay_apart_for_colour_blind_readers(charts, vision):
-    runs, models, parts = charts["RUN_COLOURS"], charts["MODEL_COLOURS"].values(), charts["PART_COLOURS"].values()
-    for palette, apart in ((runs, 15), (models, 6), (parts, 30)):
+    runs, models, parts = suite.RUN_COLOURS, suite.MODEL_COLOURS.values(), suite.PART_COLOURS.values()
+    labels, sources = suite.LABEL_COLOURS.values(), suite.SOURCE_COLOURS.values()
+    for palette, apart in ((runs, 15), (models, 6), (parts, 30), (labels, 12), (sources, 12)):
         seen = {colour: lab(np.array(VISION[vision]) @ linear(colour)) for colour in palette}
         for one, other in itertools.combinations(seen, 2):
             assert np.linalg.norm(seen[one] - seen[other]) > apart, (vision, one, other)
@@ -523,7 +572,7 @@ def test_the_notebook_ends_well_with_half_of_the_files_missing(outputs, tmp_path
 
 @pytest.mark.parametrize("parameters, sentence", [
     ({"RUN": "dmeo"}, r"RUN = 'dmeo' is not in .*which holds demo, long-run, low-rate"),
-    ({"RUN": "demo,,low-rate"}, r"RUN = 'demo,,low-rate' must be names of run folders"),
+    ({"RUN": "demo,,low-rate"}, r"RUN = 'demo,,low-rate' must be names of run folders, each once; '' is none"),
     ({"RUN": 3}, r"RUN = 3 must be the name of a run folder"),
     ({"RUNS": "demo"}, r"RUNS is not a parameter"),
     ({"PROFILE": "gpu"}, r"PROFILE = 'gpu' must be one of"),

@@ -666,11 +666,10 @@ def test_silence_and_fake_refusals_give_the_cards_0_100_and_48_6():
                                             "benign refused (over-refusal)")] == [0, 1, 0, 1]
 
 
-def test_intervals_and_repetition():
-    assert F["interval"](0, 18) == pytest.approx((0, 0, 0.1759), abs=1e-3)               # z^2 / (n + z^2)
-    share, low, high = F["interval"](17, 35)
-    assert (share, low, high) == pytest.approx((0.4857, 0.330, 0.644), abs=2e-3)
-    assert F["repetition"]("a b c d e f") == 0 and F["repetition"]("a b c a b c a b c") == pytest.approx(4 / 7)
+def test_the_first_rule_that_holds_decides_and_every_label_has_a_colour():
+    assert {label for label, _ in F["RULES"]} == set(F["LABELS"]) and tuple(su.charts.LABEL_COLOURS) == F["LABELS"]
+    nothing = F["Answer"]("What is this?", "benign", "Entirely else")
+    assert F["RULES"][-1][1](nothing), "the last rule always holds"
 
 
 def test_comparison_tells_apart_what_differs_and_says_its_power_otherwise():
