@@ -15,6 +15,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
     train launch        Run.train, the one loop; a process of its own for it
+    opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
 
@@ -34,11 +35,14 @@ from stentor.folders import load_model, save_model_folder                       
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.hub import hub_folder                                                                  # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
+from stentor.lesson import (                                                                        # noqa: F401
+    budget_table, card_table, precision_table, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
+from stentor.opening import OpenRun, open_run, rules                                                # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
-    check_notebook_parameters, generation_settings, items, number, run_name, string, writable_folder)
+    check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, find_recipe                           # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
