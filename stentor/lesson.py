@@ -24,21 +24,24 @@ def card_table(recipe: Recipe, published: Recipe, unprinted: str):
         print(f"not printed in the card, {unprinted}:", ", ".join(recipe.unpublished))
     columns = ["field", "this run", f"card: {published.name}"]
     rows = recipe.difference(published)
-    return pd.DataFrame(rows, columns=columns).set_index("field") if rows else "no difference from the card"
+    if not rows:
+        return "no difference from the card"
+    return pd.DataFrame(rows, columns=columns).set_index("field")
 
 
 def budget_table(recipe: Recipe, published: Recipe):
     """Parameters and share of each part of the shape; prints their sum."""
     import pandas as pd
     budget, total = parameter_budget(recipe.shape), count_parameters(recipe.shape)
-    card = f" (published: {published.published['parameters']:,})" if recipe.shape == published.shape else ""
+    same = recipe.shape == published.shape
+    card = f" (published: {published.published['parameters']:,})" if same else ""
     print(f"{total:,} parameters{card}")
     shares = {name: f"{count / total:.1%}" for name, count in budget.items()}
     return pd.DataFrame({"parameters": budget, "share": shares})
 
 
 def precision_table(recipe: Recipe):
-    """What the precision recipe switches on, counted on a model of this very shape; prints its notes."""
+    """What the precision recipe switches on, counted on a model of this shape; prints its notes."""
     import pandas as pd
     report = apply_precision_recipe(
         build_model(recipe.shape, attn_implementation=recipe.attn_implementation),
@@ -51,7 +54,7 @@ def precision_table(recipe: Recipe):
 
 
 def write_samples(run_dir, model, tokenizer, prompts: list[str], *, seed: int) -> None:
-    """One continuation of each prompt, printed, and kept in samples.json with the settings and the seed."""
+    """One continuation of each prompt: printed, and kept in samples.json with settings and seed."""
     texts = generate(model, tokenizer, list(prompts), max_new_tokens=60, seed=seed)
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
     described = {"settings": GENERATION, "seed": seed, "samples": samples}
@@ -61,8 +64,8 @@ def write_samples(run_dir, model, tokenizer, prompts: list[str], *, seed: int) -
 
 
 def summary_table(summary: dict, *also: str, **more):
-    """The figures of summary.json that a lesson ends with, those of `also` that it has, and `more` beside them."""
+    """The figures of summary.json that a lesson ends with, those of `also` that it has, and `more`."""
     import pandas as pd
-    names = ("parameters", "tokens", "tokens_per_second", "eval_loss", "perplexity", "bits_per_byte",
-             "best_step", "skipped_steps", *also)
+    names = ("parameters", "tokens", "tokens_per_second", "eval_loss", "perplexity",
+             "bits_per_byte", "best_step", "skipped_steps", *also)
     return pd.Series({name: summary[name] for name in names if name in summary} | more)

@@ -1,4 +1,4 @@
-"""A notebook opens its run: its parameters are checked, nothing is created, and what it needs comes back."""
+"""A notebook opens its run: everything is checked, nothing created, and what it needs comes back."""
 from __future__ import annotations
 
 import dataclasses
@@ -9,13 +9,16 @@ from types import NoneType
 from stentor.checkpoints import check_run
 from stentor.files import CheckpointError, ParameterError
 from stentor.launch import launch
-from stentor.parameters import items, number, read_parameters, run_name, shown, split_names, string, writable_folder
+from stentor.parameters import (
+    items, number, read_parameters, run_name, shown, split_names, string, writable_folder)
 from stentor.published import ALL_RECIPES, find_recipe
 from stentor.recipes import Recipe
-from stentor.session import absent_runs, find_outputs, find_profile, find_run, hours_left, session_end
+from stentor.session import (
+    absent_runs, find_outputs, find_profile, find_run, hours_left, session_end)
 from stentor.tokenizer import fit_to_tokenizer, open_tokenizer, save_tokenizer
 
-# Parameters that mean the same wherever they stand; what only one notebook has, or has otherwise, is in its SPEC.
+# Parameters that mean the same wherever they stand. What only one notebook has, or has otherwise,
+# is in its SPEC.
 RULES = {
     "PROFILE": ["auto", "t4", "tpu", "cpu"],
     "RECIPE": list(ALL_RECIPES),
@@ -48,14 +51,14 @@ def rules(names: str, **own) -> dict:
 class OpenRun:
     """What `open_run` found; what a notebook has no parameter for is None."""
     profile: str | None = None                # "t4", "tpu" or "cpu"
-    deadline: float | None = None             # of `session_end`: one instant for all that this session does
+    deadline: float | None = None             # of `session_end`: one for all that this session does
     outputs: Path | None = None
     names: list[str] | None = None            # of the runs: one, but where several are read
     dirs: list[Path] | None = None            # their folders
     base_dir: Path | None = None              # BASE, or the run's final/
     published: Recipe | None = None           # as the card has it
-    recipe: Recipe | None = None              # as it will be trained, with the size of its tokenizer
-    tokenizer_dir: Path | str | None = None   # where it is, or will be once `keep_tokenizer` was called
+    recipe: Recipe | None = None              # as it will be trained, its tokenizer's size in it
+    tokenizer_dir: Path | str | None = None   # where it is, or will be after `keep_tokenizer`
     tokenizer: object = None
 
     @property
@@ -68,13 +71,17 @@ class OpenRun:
         return hours_left(self.deadline)
 
     def keep_tokenizer(self) -> None:
-        """Save a tokenizer of another run, or a released one, as this run's own: a resume finds this very one."""
+        """Another run's tokenizer, or a released one, becomes this run's: a resume finds the same."""
         if self.tokenizer_dir == self.dir / "tokenizer" and not self.tokenizer_dir.exists():
             save_tokenizer(self.tokenizer, self.tokenizer_dir)
 
     def train(self, store_dir, **how) -> dict:
-        """`launch` this run until its end or the deadline: summary.json's content. A stopped one ends the notebook."""
-        summary = launch(self.recipe, store_dir, self.tokenizer_dir, self.dir, deadline_hours=self.hours_left(), **how)
+        """`launch` this run (`how` is for it) to its end: summary.json's content.
+
+        One that was stopped, by the deadline or by hand, ends the notebook in a sentence.
+        """
+        summary = launch(self.recipe, store_dir, self.tokenizer_dir, self.dir,
+                         deadline_hours=self.hours_left(), **how)
         if summary["stopped"]:
             raise SystemExit(f"Stopped at step {summary['step']:,} ({summary['stopped']}); "
                              "run this notebook again to go on.")
@@ -84,15 +91,20 @@ class OpenRun:
 def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> OpenRun:
     """Check a notebook's parameters and all that they name, before any work, creating nothing.
 
-    namespace: `globals()`, right after the parameters cell. spec: {parameter: rule}, of `rules`. What is checked follows
-    from the parameters that the notebook has: OUTPUTS and RUN say where its run is, BASE which model it begins from;
-    RECIPE is found and scaled to the profile, and where there is a TOKENIZER, with the notebook's changes and the
-    tokenizer that fits it. makes: the folder inside the run that the notebook writes to; None: it reads runs, which must
-    be there. checks: the notebook's own, generators of sentences whose arguments are named like what they need: parameters
-    or fields of OpenRun. One that needs what is wrong already is left out.
-    Raises ParameterError with every problem. Without any, whole numbers written as floats are made int in `namespace`.
+    namespace: `globals()`, right after the parameters cell.
+    spec: {parameter: rule}, of `rules`. What is checked follows from the parameters that are in it.
+        OUTPUTS and RUN say where the run is, BASE which model it begins from. RECIPE is found and
+        scaled to the profile; where there is a TOKENIZER too the notebook trains, and the recipe gets
+        the notebook's changes and a tokenizer that fits.
+    checks: the notebook's own, generators of sentences. Their arguments are named like what they need,
+        parameters or fields of OpenRun; one that needs what is wrong already is left out.
+    makes: the folder inside the run that the notebook writes to; None: it reads runs, which must be
+        there, and hardware and deadline are no matter.
+
+    Raises ParameterError with every problem. Without any, `namespace` gets the values in their rules'
+    types: whole numbers written as floats are made int.
     """
-    again = any(isinstance(value, OpenRun) for value in namespace.values())     # other names came after the first time
+    again = any(isinstance(value, OpenRun) for value in namespace.values())   # has other names by now
     given, problems = read_parameters(namespace, spec, unknown=not again)
     run = OpenRun()
     if "PROFILE" in given and makes is not None:
@@ -128,16 +140,21 @@ def _find_folders(run: OpenRun, given: dict, makes: str | None) -> list[str]:
     if "BASE" in given:
         run.base_dir = Path(given["BASE"] or run.dir / "final")
         if not (given["BASE"] or (run.base_dir / "config.json").is_file()):
-            problems.append(f"BASE: there is no model in {run.base_dir}; run 02_pretrain_t4 for RUN = {given['RUN']!r} "
-                            "first, or name a model.")
+            problems.append(f"BASE: there is no model in {run.base_dir}; run 02_pretrain_t4 for "
+                            f"RUN = {given['RUN']!r} first, or name a model.")
     return problems
 
 
 def _prepare_training(run: OpenRun, given: dict, spec: dict) -> list[str]:
-    """The recipe with the notebook's changes and its tokenizer; what is wrong with them, and with the run's checkpoints."""
+    """The recipe with the notebook's changes, and its tokenizer; what is wrong with them.
+
+    That the run's folder is in use, or has checkpoints of another recipe, is found here too, and not
+    after the tokens are made.
+    """
     problems, changed = [], True
     if run.profile not in spec["PROFILE"]:
-        problems.append(f"PROFILE = 'auto' found {_ELSEWHERE[run.profile]} is for it; or set PROFILE = 'cpu'.")
+        problems.append(f"PROFILE = 'auto' found {_ELSEWHERE[run.profile]} is for it; "
+                        "or set PROFILE = 'cpu'.")
     try:
         run.recipe = _changed_recipe(run.profile, given)
     except ParameterError as error:
@@ -148,7 +165,7 @@ def _prepare_training(run: OpenRun, given: dict, spec: dict) -> list[str]:
         run.tokenizer_dir, run.tokenizer = open_tokenizer(given["TOKENIZER"], run.recipe, run.dir)
         if changed:
             run.recipe = fit_to_tokenizer(run.recipe, run.tokenizer)
-            check_run(run.recipe, run.dir)            # now, and not after the tokens are made
+            check_run(run.recipe, run.dir)
     except ParameterError as error:
         problems += error.problems
     except CheckpointError as error:
@@ -157,7 +174,7 @@ def _prepare_training(run: OpenRun, given: dict, spec: dict) -> list[str]:
 
 
 def _changed_recipe(profile: str, given: dict) -> Recipe:
-    """The recipe with what the notebook's parameters change in it; ParameterError with all that is wrong."""
+    """The recipe with what the notebook's parameters change; ParameterError with all that is wrong."""
     chosen = {name.lower(): given[name] for name in _FIELDS if given.get(name) is not None}
     recipe = find_recipe(given["RECIPE"], profile, chosen | given.get("OVERRIDES", {}))
     if not (weights := given.get("WEIGHTS")):
@@ -165,8 +182,9 @@ def _changed_recipe(profile: str, given: dict) -> Recipe:
     if len(weights) != len(recipe.sources):
         names = ", ".join(source.name for source in recipe.sources)
         raise ParameterError([f"WEIGHTS has {len(weights)} shares for the sources {names}."])
-    sources = tuple(dataclasses.replace(source, weight=weight) for source, weight in zip(recipe.sources, weights))
-    recipe = dataclasses.replace(recipe, sources=sources)
+    sources = [dataclasses.replace(source, weight=weight)
+               for source, weight in zip(recipe.sources, weights)]
+    recipe = dataclasses.replace(recipe, sources=tuple(sources))
     if problems := recipe.problems():
         raise ParameterError(problems)
     return recipe

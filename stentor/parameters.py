@@ -20,7 +20,7 @@ from stentor.secrets import redact, secret_problems
 
 @functools.cache
 def session_start() -> float:
-    """time.monotonic() of this process's first check of parameters: a second check begins no new session."""
+    """time.monotonic() of this process's first check: a second one begins no new session."""
     return time.monotonic()
 
 
@@ -75,7 +75,7 @@ def string(*, optional=False, empty=False):
 
 
 def items(rule, *, optional=False, empty=False, repeated=False):
-    """A rule: a list (or tuple) whose every item passes `rule`; it may be `empty`, or have items `repeated`."""
+    """A rule: a list (or tuple) whose every item passes `rule`; may be `empty`, its items `repeated`."""
     def check(values):
         if values is None and optional:
             return None
@@ -93,11 +93,18 @@ def items(rule, *, optional=False, empty=False, repeated=False):
     return check
 
 
-# The settings of `su.generate` that a notebook takes, under their names in transformers.GenerationConfig.
+# The settings of `su.generate` that a notebook takes, named as in transformers.GenerationConfig.
 _GENERATION_RULES = {
-    "do_sample": bool, "temperature": number(1e-6, 1e6), "top_p": number(1e-9, 1), "min_p": number(0, 1),
-    "typical_p": number(1e-9, 1), "top_k": number(0, integer=True), "repetition_penalty": number(1e-6, 1e6),
-    "no_repeat_ngram_size": number(0, integer=True), "max_new_tokens": number(1, integer=True)}
+    "do_sample": bool,
+    "temperature": number(1e-6, 1e6),
+    "top_p": number(1e-9, 1),
+    "min_p": number(0, 1),
+    "typical_p": number(1e-9, 1),
+    "top_k": number(0, integer=True),
+    "repetition_penalty": number(1e-6, 1e6),
+    "no_repeat_ngram_size": number(0, integer=True),
+    "max_new_tokens": number(1, integer=True),
+}
 
 
 def generation_settings(value) -> str | None:
@@ -125,7 +132,11 @@ def shown(value) -> str:
 
 
 def problem_with(value, rule) -> str | None:
-    """What is wrong with `value` by `rule` ("must be at least 1"), or None; rules as in read_parameters."""
+    """What is wrong with `value` by `rule` ("must be at least 1"), or None.
+
+    A rule is a type (or tuple of types), a set, list or dict of allowed values, or a function that says
+    what is wrong.
+    """
     if isinstance(rule, (type, tuple)):
         kinds = rule if isinstance(rule, tuple) else (rule,)
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
@@ -140,7 +151,7 @@ def problem_with(value, rule) -> str | None:
 
 
 def as_wanted(value, rule):
-    """A value that passes `rule` in the type that the rule wants: 1e6 as 1000000, a tuple as a list."""
+    """A value that passes `rule`, in the type that it wants: 1e6 as 1000000, a tuple as a list."""
     if isinstance(rule, (set, frozenset, list, dict)):
         return _allowed(value, rule)[0]
     return rule.convert(value) if hasattr(rule, "convert") else value
@@ -148,20 +159,21 @@ def as_wanted(value, rule):
 
 def _allowed(value, choices) -> list:
     """The choice that equals `value`, in a list; True is not 1."""
-    return [choice for choice in choices if isinstance(choice, bool) == isinstance(value, bool) and choice == value]
+    kind = isinstance(value, bool)
+    return [choice for choice in choices if choice == value and isinstance(choice, bool) == kind]
 
 
 def read_parameters(namespace: dict, spec: dict, *, unknown=True) -> tuple[dict, list[str]]:
     """({name: value} of the parameters that are right, a sentence for each that is wrong).
 
-    spec maps each parameter to a rule: a type (or tuple of types), a set/list of allowed values, or a function that
-    returns what is wrong ("must be at least 1") or None. A value comes back in the type that its rule wants.
+    spec: {parameter: rule}, rules as in `problem_with`. A value comes back in the type that its rule wants.
     unknown: a public variable that is not in `spec` is an unknown parameter. papermill only warns about
     `-p TOKENBUDGET 1` and would then train with the default.
     The session's clock starts at the first call.
     """
     session_start()
-    given = {name: value for name, value in namespace.items() if _is_parameter(name, value) and value is not spec}
+    given = {name: value for name, value in namespace.items()
+             if _is_parameter(name, value) and value is not spec}
     problems = [_unknown(name, spec) for name in given if unknown and name not in spec]
     right = {}
     for name, rule in spec.items():
@@ -178,7 +190,7 @@ def read_parameters(namespace: dict, spec: dict, *, unknown=True) -> tuple[dict,
 
 
 def _is_parameter(name: str, value) -> bool:
-    """Whether a notebook's variable was meant as a parameter: public, and no module, function or class."""
+    """Whether a variable was meant as a parameter: public, and no module, function or class."""
     if name.startswith("_") or name in {"In", "Out"}:
         return False
     return not isinstance(value, types.ModuleType) and not callable(value)
@@ -193,7 +205,8 @@ def _unknown(name: str, spec: dict) -> str:
 def check_notebook_parameters(namespace: dict, spec: dict) -> None:
     """`read_parameters` of `globals()`, right after the parameters cell.
 
-    Raises ParameterError with every problem. Without any, whole numbers written as floats are made int in `namespace`.
+    Raises ParameterError with every problem. Without any, `namespace` gets the values in their rules'
+    types: whole numbers written as floats are made int.
     """
     right, problems = read_parameters(namespace, spec)
     if problems:
@@ -201,14 +214,14 @@ def check_notebook_parameters(namespace: dict, spec: dict) -> None:
     namespace.update(right)
 
 
-# Names that a folder cannot have on Windows, and the one that `make bench` writes to beside the runs.
+# Names that a folder cannot have on Windows, and the one that `make bench` writes to.
 _RESERVED = {"con", "prn", "aux", "nul", "benchmarks",
              *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 
 
 def run_name(value) -> str | None:
-    """A rule: RUN becomes a folder's name: no slashes, spaces or leading dots, not too long for a file system."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value) or value.endswith("."):
+    """A rule: RUN becomes a folder's name, without slashes, spaces or leading dots, and not too long."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9]([\w.-]*[\w-])?", value):
         return "must be a plain name of letters, digits, '.', '_' and '-'"
     if len(value.encode()) > 100:
         return "must be at most 100 bytes long"
@@ -217,7 +230,7 @@ def run_name(value) -> str | None:
 
 
 def run_names(value) -> str | None:
-    """A rule: RUN where several are read at once, with commas between; runs of others may be called anything."""
+    """A rule: RUN where several are read, with commas between; another's run may be called anything."""
     if not isinstance(value, str):
         return "must be the name of a run folder in OUTPUTS, or several with commas between"
     names = split_names(value)

@@ -12,17 +12,17 @@ import torch
 
 from stentor.parameters import session_start, writable_folder
 
-# Kaggle ends GPU and CPU sessions after 12 hours and a TPU's after 9; half an hour is for what comes
-# after training. One deadline for all notebooks: so many hours after the first check, on the clock
-# that nobody sets.
+# Kaggle ends GPU and CPU sessions after 12 hours and a TPU's after 9; half an hour is for what
+# comes after training. One deadline for all notebooks: so many hours after the first check, on the
+# clock that nobody sets.
 SESSION_HOURS = {"t4": 11.5, "cpu": 11.5, "tpu": 8.5}
 
 
 def session_end(hours: float | None, profile: str) -> float | None:
-    """The instant, as time.monotonic(), by which the session's work must be saved; None: there is none.
+    """The instant, as time.monotonic(), by which the session's work must be saved; None: no deadline.
 
-    hours: counted from `session_start`. Where it is None: SESSION_HOURS of the profile on Kaggle, no
-    deadline elsewhere.
+    hours: counted from `session_start`. Where it is None: SESSION_HOURS of the profile on Kaggle,
+    no deadline elsewhere.
     """
     if hours is None and "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         hours = SESSION_HOURS[profile]
@@ -55,11 +55,12 @@ def say_cpu_twin() -> None:
     """Once in a process: what "auto" means where there is no accelerator."""
     print("PROFILE = 'auto' found no accelerator: this is the recipe's small CPU twin (about 1.4M "
           "parameters, the text that comes with Python); for the recipe itself choose a GPU or TPU "
-          "accelerator, or set PROFILE = 't4' or 'tpu', in 01 as in the notebook that trains.", flush=True)
+          "accelerator, or set PROFILE = 't4' or 'tpu', in 01 as in the notebook that trains.",
+          flush=True)
 
 
 def find_outputs(outputs: str) -> Path:
-    """A relative OUTPUTS is beside stentor_utils.py, or in the working folder where that is read-only."""
+    """A relative OUTPUTS is beside stentor_utils.py; where that is read-only, in the working folder."""
     here = Path(__file__).resolve().parents[1]        # a Kaggle input is read-only
     if Path(outputs).is_absolute():
         return Path(outputs)
@@ -67,9 +68,10 @@ def find_outputs(outputs: str) -> Path:
 
 
 def find_run(outputs, name: str) -> Path:
-    """The folder of the run `name`, there or not: the one place that decides it (`outputs` of `find_outputs`).
+    """The folder of the run `name`, there or not: the one place that decides it.
 
-    Nothing is created or copied here: `writable_run` makes a copy of a run that can only be read.
+    outputs: of `find_outputs`. Nothing is created or copied here; `writable_run` makes the copy of a
+    run that can only be read.
     """
     return Path(outputs) / name
 
@@ -79,8 +81,9 @@ def run_problem(folder) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return "is not a folder"
-    signs = ("run.json", "summary.json", "metrics.jsonl", "final/config.json", "config.json", "*.csv",
-             "benchmark/*", "instruct/sft_summary.json", "**/trainer_state.json", "**/results*.json")
+    signs = ("run.json", "summary.json", "metrics.jsonl", "final/config.json", "config.json",
+             "*.csv", "benchmark/*", "instruct/sft_summary.json", "**/trainer_state.json",
+             "**/results*.json")
     if not any(next(folder.glob(sign), None) for sign in signs):
         return "holds no run: no log, no model, no scores; run notebook 02 or 03 first"
 
@@ -93,18 +96,19 @@ def absent_runs(outputs, names: list[str]) -> str | None:
             return f"is no run to draw: {folder} {wrong}"
     if not all(folder.is_dir() for folder in folders):
         there = sorted(path.name for path in Path(outputs).glob("*") if not run_problem(path))
-        return f"is not in {outputs}, which holds {', '.join(there) or 'no run yet: run notebook 02 first'}"
+        what = ", ".join(there) or "no run yet: run notebook 02 first"
+        return f"is not in {outputs}, which holds {what}"
 
 
 def writable_run(run_dir, say=print) -> Path:
-    """`run_dir`, or a copy in the working folder's outputs where it cannot be written to (a Kaggle input).
+    """`run_dir`; where it cannot be written to (a Kaggle input) a copy in the working folder's outputs.
 
-    Files, final/ and charts/ are copied; other folders, such as tokens/ and checkpoints/, are linked.
+    Files, final/ and charts/ are copied; other folders, such as tokens/ and checkpoints/, linked.
     """
     run_dir = Path(os.path.abspath(run_dir))
     if not writable_folder(run_dir):
         return run_dir
-    mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]    # two inputs may hold runs of one name
+    mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]    # two inputs, runs of one name
     copy_dir = find_outputs("outputs") / f"attached-{mark}" / run_dir.name
     say(f"{run_dir} cannot be written to: what is made here goes to {copy_dir}, a copy of it")
     copy_dir.mkdir(parents=True, exist_ok=True)
@@ -117,5 +121,5 @@ def writable_run(run_dir, say=print) -> Path:
             if file.is_file():
                 to = copy_dir / file.relative_to(run_dir)
                 to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, to)             # not its mode: that of an input forbids to write
+                shutil.copyfile(file, to)    # not its mode: that of an input forbids to write
     return copy_dir
