@@ -145,7 +145,8 @@ def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
 @pytest.mark.parametrize("run, said", [("empty", "holds no run"), ("..", "plain name"), ("gone", "is not in")])
 def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
     (tmp_path / "empty" / "notebooks").mkdir(parents=True)
-    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", f"RUN={run}", f"OUTPUTS={tmp_path}"],
+    given = [f"RUN={run}", f"OUTPUTS={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", *given],
                           cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notebooks"]
@@ -393,8 +394,9 @@ def test_every_parameter_has_a_type_and_papermill_brings_it_unchanged(path):
     from papermill.translators import PythonTranslator
     kinds, defaults = stentor.notebooks.parameter_kinds(path), stentor.notebooks.notebook_parameters(path)
     assert kinds.keys() == defaults.keys() and "NoneType" not in kinds.values()
-    given = {name: stentor.notebooks.read_value({"str": "Don't \"$x\" \\ 🙂 007", "int": "1e3", "bool": "true", "float": "0.5"}.get(
-        kind, "{'a': (1,)}" if kind == "dict" else "a,b"), kind, False) for name, kind in kinds.items()}
+    typed = {"str": "Don't \"$x\" \\ 🙂 007", "int": "1e3", "bool": "true", "float": "0.5", "dict": "{'a': (1,)}"}
+    given = {name: stentor.notebooks.read_value(typed.get(kind, "a,b"), kind, False)
+             for name, kind in kinds.items()}
     namespace = {}
     exec(PythonTranslator.codify(given), namespace)
     assert {name: namespace[name] for name in given} == given
@@ -510,7 +512,8 @@ def test_each_kind_of_secret_is_known_everywhere(kind, tmp_path):
     shown = stentor.secrets.redact(f"before {secret} after")
     assert "[secret]" in shown and PART[:12] not in shown and "0af1" not in shown and "0f0f" not in shown
     assert "ABCD2345" not in shown and shown.startswith("before ")
-    assert stentor.secrets.secret_problems(SYSTEM=f"say {secret}") and secret not in str(stentor.secrets.secret_problems(SYSTEM=secret))
+    assert stentor.secrets.secret_problems(SYSTEM=f"say {secret}")
+    assert secret not in str(stentor.secrets.secret_problems(SYSTEM=secret))
     (tmp_path / "text.md").write_text(f"# é🙂\n{secret}\n")
     (tmp_path / "weights.safetensors").write_bytes(b"\xff\xfe\x00" + secret.encode() + b"\x00\xff")
     found = stentor.publish.find_secrets(sorted(tmp_path.iterdir()))
@@ -524,7 +527,8 @@ def test_each_kind_of_secret_is_known_everywhere(kind, tmp_path):
     "a sk-learn-like-thing-that-is-long", "https://huggingface.co/a@b", "8401fe609d288129cc684a9b3be6a93e41cfe678",
     "Bearer certificates of deposit", "https://x.y/?token_budget=5&key=1", '"eos_token": "<|endoftext|>"', "http://a:80/x@y"])
 def test_what_is_no_secret_is_left(text):
-    assert stentor.secrets.redact(text) == text and not stentor.secrets.secret_kinds(text) and not stentor.secrets.secret_problems(A=text)
+    assert stentor.secrets.redact(text) == text
+    assert not stentor.secrets.secret_kinds(text) and not stentor.secrets.secret_problems(A=text)
 
 
 def test_parameters_in_the_environment_are_no_secrets(monkeypatch):
