@@ -145,9 +145,8 @@ def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
 @pytest.mark.parametrize("run, said", [("empty", "holds no run"), ("..", "plain name"), ("gone", "is not in")])
 def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
     (tmp_path / "empty" / "notebooks").mkdir(parents=True)
-    given = [f"RUN={run}", f"OUTPUTS={tmp_path}"]
-    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", *given],
-                          cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", f"RUN={run}",
+                           f"OUTPUTS={tmp_path}"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notebooks"]
 
@@ -201,11 +200,11 @@ def test_a_tokenizer_that_does_not_belong_is_refused_or_said(tiny):
     assert "TokenMonster" in stentor.tokenizer.tokenizer_misfit(bpe, tiny.tokenizer)
 
     class Large:
-        eos_token_id, vocabulary = 0, None
+        eos_token_id = 0
 
         def get_vocab(self):
-            return {str(i): i for i in range(66_256)}
-    with pytest.raises(su.ParameterError, match=r"ids up to 66,255, but a token store keeps 16 bits"):
+            return {"the last": 66_255}
+    with pytest.raises(su.ParameterError, match="ids up to 66,255, but a token store keeps 16 bits"):
         su.fit_to_tokenizer(twin, Large(), said.append)
 
 
@@ -395,8 +394,7 @@ def test_every_parameter_has_a_type_and_papermill_brings_it_unchanged(path):
     kinds, defaults = stentor.notebooks.parameter_kinds(path), stentor.notebooks.notebook_parameters(path)
     assert kinds.keys() == defaults.keys() and "NoneType" not in kinds.values()
     typed = {"str": "Don't \"$x\" \\ 🙂 007", "int": "1e3", "bool": "true", "float": "0.5", "dict": "{'a': (1,)}"}
-    given = {name: stentor.notebooks.read_value(typed.get(kind, "a,b"), kind, False)
-             for name, kind in kinds.items()}
+    given = {name: stentor.notebooks.read_value(typed.get(kind, "a,b"), kind, False) for name, kind in kinds.items()}
     namespace = {}
     exec(PythonTranslator.codify(given), namespace)
     assert {name: namespace[name] for name in given} == given
@@ -527,8 +525,8 @@ def test_each_kind_of_secret_is_known_everywhere(kind, tmp_path):
     "a sk-learn-like-thing-that-is-long", "https://huggingface.co/a@b", "8401fe609d288129cc684a9b3be6a93e41cfe678",
     "Bearer certificates of deposit", "https://x.y/?token_budget=5&key=1", '"eos_token": "<|endoftext|>"', "http://a:80/x@y"])
 def test_what_is_no_secret_is_left(text):
-    assert stentor.secrets.redact(text) == text
-    assert not stentor.secrets.secret_kinds(text) and not stentor.secrets.secret_problems(A=text)
+    assert stentor.secrets.redact(text) == text and not stentor.secrets.secret_kinds(text)
+    assert not stentor.secrets.secret_problems(A=text)
 
 
 def test_parameters_in_the_environment_are_no_secrets(monkeypatch):
