@@ -25,7 +25,7 @@ import sys
 
 from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
-    check_run, checkpoint_folders, load_checkpoint, newest_state, save_checkpoint, verify_checkpoint)
+    check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
@@ -33,13 +33,12 @@ from stentor.files import (                                                     
     write_atomically)
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
-from stentor.hub import hub_folder                                                                  # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
     budget_table, card_table, precision_table, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
-from stentor.opening import OpenRun, open_run, rules                                                # noqa: F401
+from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
     check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
