@@ -18,6 +18,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
     train launch        Run.train, the one loop; a process of its own for it
+    opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
@@ -30,7 +31,7 @@ import sys
 from stentor import statistics                                                                      # noqa: F401
 from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
-    check_run, checkpoint_folders, load_checkpoint, newest_state, save_checkpoint, verify_checkpoint)
+    check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
@@ -39,13 +40,15 @@ from stentor.files import (                                                     
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.growth import grow_model                                                               # noqa: F401
-from stentor.hub import hub_folder                                                                  # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
+from stentor.lesson import (                                                                        # noqa: F401
+    budget_table, card_table, precision_table, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
+from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
-    check_notebook_parameters, generation_settings, items, number, run_name, string, writable_folder)
+    check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
 from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, find_recipe                           # noqa: F401

@@ -16,6 +16,7 @@ import stentor.card.facts
 import stentor.commands
 import stentor.launch
 import stentor.notebooks
+import stentor.opening
 import stentor.parameters
 import stentor.publish
 import stentor.results
@@ -167,9 +168,8 @@ def test_one_session_clock_for_every_notebook(monkeypatch):
     monkeypatch.setattr(stentor.parameters.time, "time", lambda: 0)       # a clock that somebody set back
     left = su.hours_left(now + 3600)
     assert 0.9 < left <= 1 and su.hours_left(now - 3600) > 0
-    for notebook in ("02_pretrain_t4", "03_pretrain_tpu", "04_instruct_sft"):
-        code = (REPO / "notebooks" / f"{notebook}.ipynb").read_text()
-        assert "su.session_end(DEADLINE_HOURS, profile)" in code and "su.hours_left(" in code, notebook
+    for path in (REPO / "notebooks").glob("*.ipynb"):
+        assert "open_run(globals(), SPEC" in path.read_text() and "session_end(" not in path.read_text(), path
 
 
 def test_a_training_process_that_starts_late_has_less_time(tiny, tmp_path, monkeypatch):
@@ -245,6 +245,111 @@ def test_the_cpu_twin_is_said_once(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert shown.count("CPU twin") == 1 and "PROFILE = 't4'" in shown and len(shown.splitlines()) == 1
     assert su.find_profile("cpu") == "cpu" and not capsys.readouterr().out
+
+
+# --- a run is opened
+
+
+TRAINS = "RECIPE RUN OUTPUTS TOKENIZER TOKEN_BUDGET LEARNING_RATE SEED WEIGHTS DEADLINE_HOURS OVERRIDES"
+
+
+def opened(tmp_path, *checks, names=TRAINS, makes="", **given):
+    """`open_run` of a notebook that trains, with the CPU twin of a recipe and `given`."""
+    usual = {"RECIPE": "stentor2-12m", "RUN": "demo", "OUTPUTS": str(tmp_path / "outputs"), "OVERRIDES": {}}
+    namespace = {"PROFILE": "cpu", **{name: usual.get(name) for name in names.split()}, **given}
+    return su.open_run(namespace, su.rules(names, PROFILE=["auto", "t4", "cpu"]), *checks, makes=makes), namespace
+
+
+def test_opening_a_run_says_all_that_is_wrong_and_creates_nothing(tiny, tmp_path):
+    def seen(LEARNING_RATE, profile):
+        yield f"at {LEARNING_RATE} on {profile}."
+
+    def left_out(SEED):
+        raise AssertionError("asked of a parameter that is wrong already")
+    with pytest.raises(su.ParameterError) as error:
+        opened(tmp_path, seen, left_out, OUTPUTS="/proc/nowhere", SEED=-1, TOKENIZER="/no/such", WEIGHTS=[1, 2], TOKENBUDGET=5)
+    said = ["TOKENBUDGET is not", "SEED = -1", "OUTPUTS = '/proc/nowhere'", "WEIGHTS has 2 shares", "TOKENIZER = '/no/such'",
+            "at None on cpu."]
+    assert len(error.value.problems) == len(said), error.value.problems
+    assert all(part in problem for part, problem in zip(said, error.value.problems)), error.value.problems
+    for wrong, part in (({"RECIPE": "stentor2-12n"}, "did you mean stentor2-12m"), ({"PROFILE": "gpu"}, "PROFILE = 'gpu'"),
+                        ({"RUN": "../x"}, "plain name"), ({"OVERRIDES": {"block_sise": 3}}, "did you mean block_size?"),
+                        ({"OUTPUTS": 3}, "OUTPUTS = 3 must be text")):
+        with pytest.raises(su.ParameterError, match=part) as error:
+            opened(tmp_path, TOKENIZER=str(tiny.tokenizer_dir), **wrong)
+        assert len(error.value.problems) == 1, error.value.problems
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_open_run_has_what_the_notebook_needs(tiny, tmp_path, monkeypatch):
+    run, namespace = opened(tmp_path, TOKENIZER=str(tiny.tokenizer_dir), TOKEN_BUDGET=1e6, SEED=7, WEIGHTS=[2],
+                            OVERRIDES={"eval_steps": 5}, DEADLINE_HOURS=2)
+    assert run.profile == "cpu" and run.dir == tmp_path / "outputs" / "demo" and run.names == ["demo"]
+    recipe = run.recipe
+    assert (recipe.token_budget, recipe.seed, recipe.eval_steps, recipe.sources[0].weight) == (1_000_000, 7, 5, 2)
+    assert recipe.shape.vocab_size == len(tiny.tokenizer) and run.published == su.RECIPES["stentor2-12m"]
+    assert type(namespace["TOKEN_BUDGET"]) is int and run.deadline == stentor.parameters.session_start() + 7200
+    assert 0 < run.hours_left() <= 2
+    run.keep_tokenizer()                              # a folder that was named stays where it is
+    assert not run.dir.exists()
+    given = {}
+    monkeypatch.setattr(stentor.opening, "launch", lambda *where, **how: given.update(how, where=where) or {
+        "step": 1200, "stopped": "deadline"})
+    with pytest.raises(SystemExit, match=r"Stopped at step 1,200 \(deadline\); run this notebook again to go on"):
+        run.train("tokens", num_processes=2)
+    assert given["where"] == (recipe, "tokens", str(tiny.tokenizer_dir), run.dir) and given["num_processes"] == 2
+    assert 0 < given["deadline_hours"] <= 2
+
+
+def test_a_notebook_opens_its_run_a_second_time(tiny, tmp_path):
+    """With another value, from the check cell on: what the first pass made is no unknown parameter."""
+    run, namespace = opened(tmp_path, TOKENIZER=str(tiny.tokenizer_dir))
+    namespace |= {"run": run, "recipe": run.recipe, "SEED": 3}
+    again = su.open_run(namespace, su.rules(TRAINS, PROFILE=["auto", "t4", "cpu"]))
+    assert again.recipe.seed == 3 and again.dir == run.dir
+
+
+def test_another_recipe_and_other_hardware_are_refused_at_once(tiny, tmp_path, monkeypatch):
+    def check_run(recipe, run_dir):
+        raise su.CheckpointError(f"{run_dir} holds checkpoints of another run")
+    monkeypatch.setattr(stentor.opening, "check_run", check_run)
+    with pytest.raises(su.ParameterError, match="demo holds checkpoints of another run"):
+        opened(tmp_path, TOKENIZER=str(tiny.tokenizer_dir))
+    monkeypatch.setattr(stentor.opening, "find_profile", lambda profile: "tpu")
+    with pytest.raises(su.ParameterError, match="'auto' found a TPU: 03_pretrain_tpu is for it; or set PROFILE = 'cpu'"):
+        opened(tmp_path, PROFILE="auto")
+
+
+def test_a_base_model_or_the_runs_to_read_must_be_there(tmp_path):
+    with pytest.raises(su.ParameterError, match="BASE: there is no model in .*demo/final; run 02_pretrain_t4 for RUN = 'demo'"):
+        opened(tmp_path, names="RUN OUTPUTS BASE")
+    assert opened(tmp_path, names="RUN OUTPUTS BASE", BASE="owner/model")[0].base_dir == Path("owner/model")
+    outputs = tmp_path / "outputs"
+    for name in ("one", "two", "empty"):
+        (outputs / name).mkdir(parents=True)
+        (outputs / name / "metrics.jsonl").write_text("") if name != "empty" else None
+    reads, given = su.rules("OUTPUTS", RUN=su.run_names), {"OUTPUTS": str(outputs)}
+    run = su.open_run(given | {"RUN": "one, two"}, reads, makes=None)
+    assert run.dirs == [outputs / "one", outputs / "two"] and run.names == ["one", "two"]
+    for names, said in (("one,three", "which holds one, two"), ("empty", "holds no run"), ("one,one", "'one' is none"),
+                        ("..", "'..' is none"), (3, "must be the name of a run folder")):
+        with pytest.raises(su.ParameterError, match=said):
+            su.open_run(given | {"RUN": names}, reads, makes=None)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebooks_spec_names_its_parameters_and_no_other(path, monkeypatch):
+    specs = []
+    monkeypatch.setattr(su, "open_run", lambda namespace, spec, *checks, **how: specs.append(spec))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code" and not specs:
+            try:
+                exec("".join(cell["source"]), namespace)
+            except AttributeError:                    # of the None that the stub gave for the run
+                assert specs
+    assert specs[0].keys() == stentor.notebooks.notebook_parameters(path).keys()
 
 
 # --- the command line
