@@ -13,7 +13,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     preparing tokens    the token store: how it is filled, how it is read
     growing             the one that is filled while training reads it
     precision model     the cards' precision techniques; build, initialise, sample
-    folders loss        saved models; the loss without logits in memory
+    folders growth loss saved models; a small one made larger; the loss without logits in memory
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
