@@ -260,6 +260,22 @@ def test_05_says_in_one_sentence_that_nothing_could_be_scored(tiny, tmp_path):
     assert "Nothing was scored, every block failed. The first: FileNotFoundError" in done.stderr.splitlines()[-1]
 
 
+def test_a_notebook_finds_the_suite_above_it_and_takes_one_that_can_be_imported(tmp_path):
+    cells = json.loads((REPO / "notebooks" / "02_pretrain_t4.ipynb").read_text())["cells"]
+    bootstrap = next("".join(cell["source"]) for cell in cells if cell["id"] == "bootstrap")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for name in ("above", "installed"):
+        (tmp_path / name / "notebooks").mkdir(parents=True)
+        (tmp_path / name / "stentor_utils.py").write_text(f"print({name!r})")
+    for folder, more, said in (("above", {}, "above"), ("above", {"PYTHONPATH": str(tmp_path / "installed")}, "installed"),
+                               ("", {}, "stentor_utils.py and the folder stentor beside this notebook")):
+        (tmp_path / "cell.py").write_text(bootstrap)
+        where = tmp_path / folder / ("notebooks" if folder else "")
+        done = subprocess.run([sys.executable, "-P", tmp_path / "cell.py"], cwd=where, env=env | more,
+                              capture_output=True, text=True)
+        assert said in done.stdout + done.stderr.replace("\n", " "), done.stderr
+
+
 def test_05_without_lm_eval_and_without_a_network_says_so(tmp_path):
     cells = json.loads((REPO / "notebooks" / "05_benchmark.ipynb").read_text())["cells"]
     bootstrap = next("".join(cell["source"]) for cell in cells if cell["id"] == "bootstrap")

@@ -1,5 +1,6 @@
 """Parameters before any work: rules for values and items, run names, folders, secrets, the session's clock, the tokenizer."""
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -339,8 +340,12 @@ def test_a_base_model_or_the_runs_to_read_must_be_there(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebooks_spec_names_its_parameters_and_no_other(path, monkeypatch):
-    specs = []
-    monkeypatch.setattr(su, "open_run", lambda namespace, spec, *checks, **how: specs.append(spec))
+    specs, needed = [], set()
+
+    def open_run(namespace, spec, *checks, makes=""):
+        specs.append(spec)
+        needed.update(*(inspect.signature(check).parameters for check in checks))
+    monkeypatch.setattr(su, "open_run", open_run)
     monkeypatch.setattr(sys, "path", list(sys.path))
     namespace = {}
     for cell in json.loads(path.read_text())["cells"]:
@@ -350,6 +355,7 @@ def test_a_notebooks_spec_names_its_parameters_and_no_other(path, monkeypatch):
             except AttributeError:                    # of the None that the stub gave for the run
                 assert specs
     assert specs[0].keys() == stentor.notebooks.notebook_parameters(path).keys()
+    assert needed <= specs[0].keys() | vars(stentor.opening.OpenRun()).keys()        # or a check is never asked
 
 
 # --- the command line
