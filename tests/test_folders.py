@@ -57,13 +57,14 @@ def test_a_vocabulary_is_saved_through_a_link_and_keeps_no_leftover(tiny, tmp_pa
     assert (tmp_path / "there" / "my.vocab").read_bytes() == tiny.tokenizer.vocabulary.to_bytes()
 
 
-KINDS = (".manifest.json.{}", "topics/.train-00000.bin.{}", "topics/.train-00009.bin.{}", "topics/.carry-00001.bin.{}",
-         "topics/.validation.bin.{}")
+KINDS = (".manifest.json.{}", "topics/.train-00000.bin.{}", "topics/.train-00009.bin.{}",
+         "topics/.carry-00001.bin.{}", "topics/.validation.bin.{}")
 
 
 def prepare(tiny, folder, source=None, wanted=60_000, **settings):
-    return su.prepare_tokens([source or tiny.source], tiny.tokenizer, folder, tokens_per_source={"topics": wanted},
-                             validation_documents=settings.pop("validation_documents", 4), shard_tokens=20_000,
+    return su.prepare_tokens([source or tiny.source], tiny.tokenizer, folder,
+                             tokens_per_source={"topics": wanted}, shard_tokens=20_000,
+                             validation_documents=settings.pop("validation_documents", 4),
                              progress=lambda text: None, **settings)
 
 
@@ -82,8 +83,10 @@ def test_a_store_keeps_no_leftover_of_its_own(tiny, tmp_path, finished):
     prepare(tiny, tmp_path, wanted=25_000 if finished else 60_000)
     manifest = json.loads((tmp_path / "manifest.json").read_text())["sources"]["topics"]
     named = {shard["file"] for shard in manifest["shards"]} | {
-        manifest["validation"]["file"], f"topics/carry-{len(manifest['shards']):05d}.bin", "topics/.note.4321", "manifest.json"}
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == named
+        manifest["validation"]["file"], f"topics/carry-{len(manifest['shards']):05d}.bin",
+        "topics/.note.4321", "manifest.json"}
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == named
     su.TokenStore(tmp_path, tiny.recipe).batch(0)
 
 
@@ -125,7 +128,8 @@ def test_a_store_may_be_a_link(tiny, tmp_path, made):
 def test_a_source_that_was_too_short_is_read_again_when_it_was_mended(tiny, tmp_path):
     """Refused by the store: what the refused call wrote must not keep the mended file out."""
     path = tmp_path / "docs.jsonl"
-    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(4)) + '{"text": "short"}\n')
+    texts = [*(f"document {i}" for i in range(4)), "short"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = su.Source("topics", str(path))
     for _ in range(2):
         with pytest.raises(su.ParameterError, match="fewer tokens than one block of 64: give it more text"):
@@ -133,7 +137,8 @@ def test_a_source_that_was_too_short_is_read_again_when_it_was_mended(tiny, tmp_
     path.write_bytes((tiny.folder / "topics.jsonl").read_bytes())
     su.TokenStore(prepare(tiny, tmp_path / "store", source), tiny.recipe)
     for name in ("train-00000.bin", "validation.bin"):
-        assert (tmp_path / "store" / "topics" / name).read_bytes() == (tiny.store_dir / "topics" / name).read_bytes()
+        written = (tmp_path / "store" / "topics" / name).read_bytes()
+        assert written == (tiny.store_dir / "topics" / name).read_bytes()
 
 
 HOMES = """
@@ -153,7 +158,8 @@ for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir
 """
 
 
-@pytest.mark.parametrize("home, cache", [("a file", True), ("missing", False), ("read-only", False), ("cache is a file", True)])
+@pytest.mark.parametrize("home, cache", [
+    ("a file", True), ("missing", False), ("read-only", False), ("cache is a file", True)])
 def test_without_a_home_every_cache_has_a_place(tmp_path, home, cache):
     place = tmp_path / "tmp"
     place.mkdir()
@@ -167,7 +173,8 @@ def test_without_a_home_every_cache_has_a_place(tmp_path, home, cache):
     env |= {"TMPDIR": str(place), "HOME": str(homes[home])}
     if cache:
         env["STENTOR_CACHE"] = str(place / "given")
-    done = subprocess.run([sys.executable, "-c", HOMES], cwd=REPO, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HOMES], cwd=REPO, env=env, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     folders = done.stdout.split()
     assert len(folders) == 4 and all(folder.startswith(str(tmp_path)) for folder in folders), folders

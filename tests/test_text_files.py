@@ -1,4 +1,4 @@
-"""Text files as people's tools write them: every document once, whole and alone, from any row on, or counted and skipped."""
+"""Text files as people's tools write them: every document once, whole and alone, or counted and skipped."""
 import bz2
 import csv
 import dataclasses
@@ -20,7 +20,8 @@ import stentor.formats
 import stentor.growing
 import stentor_utils as su
 
-TEXTS = [f"Document {i}, said \"{i}\":\nits second line\u2028not a third\u0085nor a fourth\x0cé \U0001f600" for i in range(25)]
+TEXTS = [f"Document {i}, said \"{i}\":\nits second line\u2028not a third\u0085nor a fourth\x0cé \U0001f600"
+         for i in range(25)]
 
 
 def through(compression: str, data: bytes) -> bytes:
@@ -102,8 +103,9 @@ def test_the_hub_gives_the_same_as_a_local_file(tmp_path, monkeypatch, kind):
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        server.commit("owner/web", {f"data/train-0{kind}": PACK[packing](written(ending)), "dataset_infos.json": b"{}",
-                                    "data/.hidden-train.jsonl": b'{"text": "hidden"}\n', "README.md": b"# card"})
+        server.commit("owner/web", {
+            f"data/train-0{kind}": PACK[packing](written(ending)), "dataset_infos.json": b"{}",
+            "data/.hidden-train.jsonl": b'{"text": "hidden"}\n', "README.md": b"# card"})
         source = su.Source("it", "hf:owner/web")
         rows = list(su.documents(source))
         assert [text for text, _ in rows] == TEXTS
@@ -175,8 +177,9 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
 
 
 GOOD = [{"text": f"good {i}"} for i in range(3)]
-ODD = ["[" * 100_000 + "]" * 100_000, "[1, 2]", '"a string"', "7", "null", "{broken", '{"text": ', '{"text": {"a": 1}}',
-       '{"text": 7}', '{"other": "x"}', '{"text": "half an emoji \\ud83d"}', '{"text": null}', '{"text": ["a"]}']
+ODD = ["[" * 100_000 + "]" * 100_000, "[1, 2]", '"a string"', "7", "null", "{broken", '{"text": ',
+       '{"text": {"a": 1}}', '{"text": 7}', '{"other": "x"}', '{"text": "half an emoji \\ud83d"}',
+       '{"text": null}', '{"text": ["a"]}']
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda line: line[:12])
@@ -189,7 +192,8 @@ def test_one_odd_line_among_good_ones(tmp_path, odd):
         path.write_text("\n".join(lines))
         texts, skipped = good(path)
         assert texts == ["good 0", "good 1", "good 2"] and sum(skipped.values()) == 1, skipped
-        rows = [row for row, _ in su.documents(su.Source("it", str(path), text_field=None))]      # as an SFT source is read
+        as_for_sft = su.Source("it", str(path), text_field=None)
+        rows = [row for row, _ in su.documents(as_for_sft)]
         assert [row for row in rows if row in GOOD] == GOOD and len(rows) == 4
         if not odd.startswith(("{broken", '{"text": ')) or odd.endswith("}"):
             (tmp_path / "docs.json").write_text(f"[{', '.join(lines)}]")
@@ -202,8 +206,9 @@ def test_what_is_not_quite_json_is_read_right(tmp_path):
     assert good(path) == (["a bare tab", "b"], {})
 
 
-@pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}\n', '{\n "text": "a"\n}\n{\n "text": "b"\n}',
-                                  '[]\n[{"text":"a"},{"text":"b"},]', ' [\n{"text": "a"}\n, {"text": "b"}]\n'])
+@pytest.mark.parametrize("text", [
+    '{"text": "a"}\n{"text": "b"}\n', '{\n "text": "a"\n}\n{\n "text": "b"\n}',
+    '[]\n[{"text":"a"},{"text":"b"},]', ' [\n{"text": "a"}\n, {"text": "b"}]\n'])
 def test_what_is_called_json(tmp_path, text):
     (tmp_path / "docs.json").write_text(text)
     assert read(tmp_path / "docs.json")[0] == ["a", "b"]
@@ -251,14 +256,17 @@ def test_what_cannot_be_read_is_refused_before_it_is_opened(tiny, tmp_path, name
     (tmp_path / name).write_bytes(b"x" * 100)
     for path in (tmp_path / name, tmp_path):
         with pytest.raises(su.ParameterError) as caught:
-            su.prepare_tokens([tiny.source, su.Source("it", str(path))], tiny.tokenizer, tmp_path / "store",
-                              tokens_per_source={"topics": 1000, "it": 1000}, validation_documents=2)
-        assert "source it" in str(caught.value) and all(part in str(caught.value) for part in parts if path.is_file())
+            su.prepare_tokens([tiny.source, su.Source("it", str(path))], tiny.tokenizer,
+                              tmp_path / "store", tokens_per_source={"topics": 1000, "it": 1000},
+                              validation_documents=2)
+        parts = parts if path.is_file() else []
+        assert all(part in str(caught.value) for part in ["source it", *parts])
         assert "max_eval_samples" not in str(caught.value) and not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("data, said", [(gzip.compress(b"{}"), "is packed by gzip"), (written(".parquet"), "is a parquet file"),
-                                        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull")])
+@pytest.mark.parametrize("data, said", [
+    (gzip.compress(b"{}"), "is packed by gzip"), (written(".parquet"), "is a parquet file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull")])
 def test_a_file_that_is_not_what_its_ending_says_is_refused(tmp_path, data, said):
     for kind in (".jsonl", ".json", ".csv", ".txt"):
         (tmp_path / f"docs{kind}").write_bytes(data)
@@ -271,7 +279,8 @@ def test_what_is_left_unread_in_a_folder_is_said(tiny, tmp_path):
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(written(".jsonl"))
     (folder / "b.jsonl.zip").write_bytes(b"PK")
-    su.prepare_tokens([su.Source("it", str(folder))], tiny.tokenizer, tmp_path / "store", tokens_per_source={"it": 10},
+    su.prepare_tokens([su.Source("it", str(folder))], tiny.tokenizer, tmp_path / "store",
+                      tokens_per_source={"it": 10},
                       validation_documents=2, progress=said.append)
     assert said == [f"source it: not read in {folder}: b.jsonl.zip"]
 
@@ -281,7 +290,8 @@ def test_a_missing_text_column_is_named_with_those_that_are_there(tiny, tmp_path
     path = tmp_path / f"docs{kind}"
     path.write_bytes(written(kind))
     with pytest.raises(su.ParameterError) as caught:
-        su.prepare_tokens([tiny.source, su.Source("it", str(path), text_field="body")], tiny.tokenizer, tmp_path / "store",
+        su.prepare_tokens([tiny.source, su.Source("it", str(path), text_field="body")],
+                          tiny.tokenizer, tmp_path / "store",
                           tokens_per_source={"topics": 1000, "it": 1000}, validation_documents=2)
     assert all(part in str(caught.value) for part in ("'body'", "id, text", "docs", "text_field"))
     assert not (tmp_path / "store").exists()
@@ -293,13 +303,15 @@ def test_all_sources_are_checked_before_the_first_is_read(tiny, tmp_path):
     few = su.Source("few", str(tmp_path / "few.jsonl"))
 
     def prepare(validation_documents):
-        su.prepare_tokens([tiny.source, few], tiny.tokenizer, tmp_path / "store", tokens_per_source={"topics": 99, "few": 99},
+        su.prepare_tokens([tiny.source, few], tiny.tokenizer, tmp_path / "store",
+                          tokens_per_source={"topics": 99, "few": 99},
                           validation_documents=validation_documents)
     with pytest.raises(su.ParameterError, match="source few.* 2 good documents, skipped: 1 null. Lower max_eval_samples"):
         prepare(2)
     assert not (tmp_path / "store").exists()
     prepare(1)                                         # the advice, followed in the same folder
-    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["sources"]["few"]["documents"] == 1
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert manifest["sources"]["few"]["documents"] == 1
 
 
 # --- validation
@@ -327,7 +339,8 @@ def test_no_validation_document_is_trained_on_wherever_it_stands_again(tiny, tmp
     sources = [su.Source("one", str(tmp_path / "one")), su.Source("two", str(tmp_path / "two.csv"))]
 
     def prepare(wanted):
-        su.prepare_tokens(sources, tiny.tokenizer, tmp_path / "store", tokens_per_source=dict.fromkeys(("one", "two"), wanted),
+        su.prepare_tokens(sources, tiny.tokenizer, tmp_path / "store",
+                          tokens_per_source=dict.fromkeys(("one", "two"), wanted),
                           validation_documents=2, shard_tokens=8)
     for wanted in (1, 10_000):
         prepare(wanted)
@@ -340,17 +353,18 @@ def test_no_validation_document_is_trained_on_wherever_it_stands_again(tiny, tmp
 
 
 def test_workers_keep_each_others_validation_out_too(tiny, tmp_path):
-    """The growing store: one folder and one worker a source, and the same text stands in two of them."""
-    held, more = [f"held out number {i}" for i in range(4)], ["words of training text " * 40 for _ in range(20)]
+    """The growing store: one folder and one worker a source; the same text stands in two of them."""
+    held = [f"held out number {i}" for i in range(4)]
+    more = ["words of training text " * 40 for _ in range(20)]
     (tmp_path / "a.jsonl").write_bytes(written(".jsonl", ["a first", *held[:3], *more, *held]))
     (tmp_path / "b.jsonl").write_bytes(written(".jsonl", [*held, "a first", *more]))
-    recipe = dataclasses.replace(tiny.recipe, sources=tuple(su.Source(name, str(tmp_path / f"{name}.jsonl"), 0.5)
-                                                            for name in ("a", "b")))
+    sources = tuple(su.Source(name, str(tmp_path / f"{name}.jsonl"), 0.5) for name in ("a", "b"))
+    recipe = dataclasses.replace(tiny.recipe, sources=sources, token_budget=10 ** 6)
     for name in ("a", "b"):
-        stentor.growing.fill_source(dataclasses.replace(recipe, token_budget=10 ** 6), tiny.tokenizer, tmp_path / "store", name,
-                       shard_tokens=6400)
+        stentor.growing.fill_source(recipe, tiny.tokenizer, tmp_path / "store", name, shard_tokens=6400)
         texts, entry = stored(tiny, tmp_path / "store" / name, name)
-        assert {text.strip() for text in texts} == {more[0].strip()} and entry["documents"] == len(texts) == 20
+        assert {text.strip() for text in texts} == {more[0].strip()}
+        assert entry["documents"] == len(texts) == 20
     assert entry["skipped"] == {"also in validation": 1}
 
 
@@ -359,9 +373,11 @@ def test_workers_keep_each_others_validation_out_too(tiny, tmp_path):
 
 PEAK = """
 import sys
-import datasets, pyarrow.parquet, stentor_utils as su      # datasets: 70 MB, once, for what a hub dataset's files are
-def peak():                                            # not ru_maxrss: that is handed on by the process before the exec
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+import datasets      # 70 MB, once: it says which files of a hub dataset are read
+import pyarrow.parquet, stentor_utils as su
+def peak():          # not ru_maxrss: that is handed on by the process before the exec
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 before = peak()
 for path in sys.argv[1:]:
     characters = sum(len(text) for text, _ in su.documents(su.Source("it", path)))
@@ -376,18 +392,22 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
     for kind in (".txt", ".json", ".csv", ".jsonl"):
         (tmp_path / f"docs{kind}").write_bytes(written(kind, texts))
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "docs.jsonl").read_bytes(), 1))
-    pq.write_table(pa.table({"text": texts}), tmp_path / "docs.parquet", use_dictionary=False, compression="none")
+    pq.write_table(pa.table({"text": texts}), tmp_path / "docs.parquet", use_dictionary=False,
+                   compression="none")
     paths = [str(path) for path in sorted(tmp_path.iterdir())]
     with HubServer() as server:
         for kind in ("txt", "parquet"):
-            server.commit(f"owner/{kind}", {f"train.{kind}": (tmp_path / f"docs.{kind}").read_bytes()})
+            data = (tmp_path / f"docs.{kind}").read_bytes()
+            server.commit(f"owner/{kind}", {f"train.{kind}": data})
             paths.append(f"hf:owner/{kind}")
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run([sys.executable, "-c", PEAK, *paths], cwd=REPO, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", PEAK, *paths], cwd=REPO, env=environment,
+                              capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         path, characters, peak = line.split()
-        assert int(characters) >= sum(map(len, texts)) - len(texts) and int(peak) < 90, done.stdout
+        assert int(characters) >= sum(map(len, texts)) - len(texts), done.stdout
+        assert int(peak) < 90, done.stdout
     assert len(done.stdout.splitlines()) == len(paths)
 
 
@@ -413,7 +433,8 @@ def test_a_store_reads_on_in_the_middle_of_every_format(tiny, tmp_path):
         for wanted, folder in ((10 ** 6, folders[0]), (1_500, folders[1]), (10 ** 6, folders[1])):
             su.prepare_tokens([su.Source("it", str(path))], tiny.tokenizer, folder, tokens_per_source={"it": wanted},
                               validation_documents=2, shard_tokens=1500)
-        assert stored(tiny, folders[0], "it")[0] == [text.strip() for text in texts[2:]] == stored(tiny, folders[1], "it")[0]
+        for folder in folders:
+            assert stored(tiny, folder, "it")[0] == [text.strip() for text in texts[2:]]
 
 
 def test_source_is_not_changed_by_being_read(tmp_path):
