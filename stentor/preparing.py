@@ -30,7 +30,7 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
                    **reading) -> Path:
     """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; or go on with it.
 
-    tokens_per_source: {source.name: tokens wanted}; one that ends earlier is used whole.
+    tokens_per_source: {source.name: tokens wanted}; one that ends earlier is in more epochs.
     The first `validation_documents` good documents of each source are its validation text and never
     enter training, nor does a training document that is equal to one of these of any source, or of
     the sources `beside` this store, which other folders hold (counted as "also in validation").
@@ -38,11 +38,11 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     characters are skipped and counted. Writes manifest.json (atomically, after each shard):
     tokenizer hash, sources, counts of documents, tokens and UTF-8 bytes of the cleaned text, sha256
     of each shard, and the cursor to go on from. A hub source is read at the commit in its entry's
-    `revision`, now and in every later call. `reading`: tries, sleep and deadline of `documents`.
-    after_shard(number of shards) is called after each one and may wait.
-    Raises ParameterError when the folder holds a store of another tokenizer, other sources or
-    another revision, when the tokenizer's ids do not fit a store (`store_problems`), and before
-    anything is written when a source cannot be read or has too few documents.
+    `revision`, now and later. `reading`: tries, sleep and deadline of `documents`. after_shard is
+    called after each shard, with their number, and may wait.
+    Raises ParameterError when the folder holds a store of another tokenizer, sources or revision,
+    when the tokenizer's ids do not fit a store, and before anything is written when a source cannot
+    be read or has too few documents.
     """
     if problems := store_problems(tokenizer):
         raise ParameterError(problems)
