@@ -163,7 +163,7 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove what may be there: a folder and all in it, a file, a link (never what it points to)."""
+    """Remove what may be there: a folder and all in it, a file, a link, but not what it names."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -28,10 +28,9 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
                    validation_documents: int, shard_tokens: int = 1 << 24,
                    longest_document: int = 2_000_000, progress=print, after_shard=None, beside=(),
                    **reading) -> Path:
-    """Fill a token store: stream, clean, tokenise, append EOS, pack into shards.
+    """Fill a token store: stream, clean, tokenise, append EOS, pack into shards; or go on with it.
 
-    It goes on where an earlier call stopped. tokens_per_source: {source.name: tokens wanted}; a
-    source that ends earlier is used whole (and for more epochs).
+    tokens_per_source: {source.name: tokens wanted}; one that ends earlier is in more epochs.
     The first `validation_documents` good documents of each source are its validation text and never
     enter training, nor does a training document that is equal to one of these of any source, or of
     the sources `beside` this store, which other folders hold (counted as "also in validation").
@@ -39,11 +38,11 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     characters are skipped and counted. Writes manifest.json (atomically, after each shard):
     tokenizer hash, sources, counts of documents, tokens and UTF-8 bytes of the cleaned text, sha256
     of each shard, and the cursor to go on from. A hub source is read at the commit in its entry's
-    `revision`, now and in every later call. `reading`: tries, sleep and deadline of `documents`.
-    after_shard(number of shards) is called after each one and may wait.
-    Raises ParameterError when the folder holds a store of another tokenizer, other sources or
-    another revision, when the tokenizer's ids do not fit a store (`store_problems`), and before
-    anything is written when a source cannot be read or has too few documents.
+    `revision`, now and later. `reading`: tries, sleep and deadline of `documents`. after_shard is
+    called after each shard, with their number, and may wait.
+    Raises ParameterError when the folder holds a store of another tokenizer, sources or revision,
+    when the tokenizer's ids do not fit a store, and before anything is written when a source cannot
+    be read or has too few documents.
     """
     if problems := store_problems(tokenizer):
         raise ParameterError(problems)
@@ -62,11 +61,9 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts in held_out.items():
         store.write_validation(name, texts)
-    left_out = store.validation_documents() if todo else set()
-    for source in beside if todo else ():
-        with contextlib.suppress(ParameterError):     # the call that fills it says so
-            texts = _held_out(source, {}, validation_documents, cleaning)
-            left_out |= store.documents_of(store.encoded(texts)[0])
+    if todo:
+        left_out = store.validation_documents()
+        left_out |= _documents_beside(store, beside, validation_documents, cleaning)
     for source in sources:
         if source.name in todo:
             writer = _ShardWriter(store, source, left_out)
@@ -183,6 +180,16 @@ def _held_out(source: Source, entry: dict, wanted: int, cleaning: dict) -> list[
         else:
             return texts
     raise ParameterError([_too_few(source, len(texts), wanted, skipped)])
+
+
+def _documents_beside(store: _Store, beside, wanted: int, cleaning: dict) -> set[bytes]:
+    """The validation documents of sources that other folders hold, as this store's ids."""
+    found = set()
+    for source in beside:
+        with contextlib.suppress(ParameterError):     # the call that fills it says so
+            texts = _held_out(source, {}, wanted, cleaning)
+            found |= store.documents_of(store.encoded(texts)[0])
+    return found
 
 
 def _too_few(source: Source, documents: int, validation_documents: int, skipped: dict) -> str:

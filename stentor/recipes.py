@@ -346,13 +346,16 @@ def _each_source(recipe: Recipe):
                    "its own.")
 
 
-@about(_BETWEEN, "sources", "anneal_weights")
+@about(_BETWEEN, "sources")
 def _weights(recipe: Recipe):
-    if not recipe.sources:
-        return
-    if not _are_weights([source.weight for source in recipe.sources]):
+    if recipe.sources and not _are_weights([source.weight for source in recipe.sources]):
         yield "the weights of the sources must be 0 or more, and not all 0."
-    if (late := recipe.anneal_weights) is None:
+
+
+@about(_BETWEEN, "sources", "anneal_weights")
+def _late_weights(recipe: Recipe):
+    late = recipe.anneal_weights
+    if late is None or not recipe.sources:
         return
     if len(late) != len(recipe.sources):
         yield f"anneal_weights has {len(late)} weights for {len(recipe.sources)} sources."
@@ -364,10 +367,14 @@ def _are_weights(values) -> bool:
     return not any(number(0)(value) for value in values) and sum(values) > 0
 
 
+@about(_BETWEEN, "tokenizer")
+def _no_secret_in_tokenizer(recipe: Recipe):
+    yield from secret_problems(tokenizer=recipe.tokenizer)
+
+
 @about(_BETWEEN, "sources")
-def _no_secrets(recipe: Recipe):
-    yield from secret_problems(tokenizer=recipe.tokenizer,
-                               sources=[source.path for source in recipe.sources])
+def _no_secret_in_sources(recipe: Recipe):
+    yield from secret_problems(sources=[source.path for source in recipe.sources])
 
 
 @functools.cache

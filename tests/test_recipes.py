@@ -1,4 +1,4 @@
-"""Every published number that a recipe must reproduce, one test case each (design notes, section 2.1)."""
+"""Every published number that a recipe must reproduce, one test case each (design notes, 2.1)."""
 import dataclasses
 import json
 
@@ -6,30 +6,34 @@ import pytest
 import torch
 
 import stentor_utils as su
+from stentor.recipes import DRAW, RESUME
+from stentor.rules import free_fields
 
 R = su.RECIPES
 
 
 @pytest.mark.parametrize("name, total", [
     ("stentor-12m", 12_047_040), ("stentor-30m", 30_419_712), ("stentor2-12m-preview", 12_294_400),
-    ("stentor2-12m", 12_294_400), ("stentor2-30m", 30_353_920), ("stentor3-20m", 20_324_160), ("stentor3-50m", 49_430_016),
-    ("portimbria-150m", 151_026_432), ("stentor-big", 142_637_568)])
+    ("stentor2-12m", 12_294_400), ("stentor2-30m", 30_353_920), ("stentor3-20m", 20_324_160),
+    ("stentor3-50m", 49_430_016), ("portimbria-150m", 151_026_432), ("stentor-big", 142_637_568)])
 def test_published_parameter_count(name, total):
     assert su.count_parameters(R[name].shape) == total
 
 
 @pytest.mark.parametrize("name, share", [
-    ("stentor-12m", 52.2), ("stentor-30m", 27.6), ("stentor2-12m", 16.8), ("stentor2-30m", 13.6), ("stentor3-20m", 12.9),
-    ("stentor3-50m", 8.5), ("portimbria-150m", 16.7)])
+    ("stentor-12m", 52.2), ("stentor-30m", 27.6), ("stentor2-12m", 16.8), ("stentor2-30m", 13.6),
+    ("stentor3-20m", 12.9), ("stentor3-50m", 8.5), ("portimbria-150m", 16.7)])
 def test_published_embedding_share(name, share):
     budget = su.parameter_budget(R[name].shape)
     assert round(100 * budget["embedding"] / sum(budget.values()), 1) == share
 
 
 @pytest.mark.parametrize("name, field, value", [
-    ("stentor2-12m-preview", "schedule_steps", 14_649), ("stentor2-12m-preview", "warmup_steps", 732),
-    ("stentor2-12m-preview", "stable_steps", 11_719), ("stentor2-12m-preview", "tokens_per_step", 16_384),
-    ("stentor2-12m-preview", "total_batch_size", 16), ("stentor2-12m-preview", "total_tokens", 240_001_024),
+    ("stentor2-12m-preview", "schedule_steps", 14_649),
+    ("stentor2-12m-preview", "warmup_steps", 732), ("stentor2-12m-preview", "stable_steps", 11_719),
+    ("stentor2-12m-preview", "tokens_per_step", 16_384),
+    ("stentor2-12m-preview", "total_batch_size", 16),
+    ("stentor2-12m-preview", "total_tokens", 240_001_024),
     ("stentor2-12m-preview", "fp32_critical_layers", (0, 1, 9, 10, 11)),
     ("stentor2-12m", "schedule_steps", 9_552), ("stentor2-12m", "warmup_steps", 477),
     ("stentor2-12m", "stable_steps", 7_641), ("stentor2-12m", "tokens_per_step", 131_072),
@@ -44,7 +48,7 @@ def test_published_accounting(name, field, value):
 
 def test_preview_ends_in_the_middle_of_a_step():
     recipe = R["stentor2-12m-preview"]
-    assert recipe.sequences_to_train // 4 == 58_594                   # micro-batches of 4 sequences, 4,096 tokens
+    assert recipe.sequences_to_train // 4 == 58_594   # micro-batches of 4 sequences, 4,096 tokens
     assert recipe.total_steps == 14_649 and recipe.sequences_to_train % recipe.total_batch_size == 8
 
 
@@ -55,13 +59,15 @@ def test_stentor2_12m_stopped_at_73_percent_of_the_peak():
 
 def test_kv_cache_of_the_stentor3_card():
     shape = R["stentor3-20m"].shape
-    # The formula printed under the card's table. The table itself prints half of it (12 MB in FP32, 6 in FP16).
-    sizes = {"FP32": 4, "FP16": 2, "INT8": 1, "INT4": 0.5}
-    assert [su.kv_cache_bytes(shape, 4096, size) / 2**20 for size in sizes.values()] == [24, 12, 6, 3]
-    larger = R["stentor3-50m"].shape
-    assert [su.kv_cache_bytes(larger, 4096, size) / 2**20 for size in sizes.values()] == [60, 30, 15, 7.5]
+    # The formula printed under the card's table. The table itself prints half of it (12 MB in FP32,
+    # 6 in FP16).
+    def megabytes(shape):
+        return [su.kv_cache_bytes(shape, 4096, size) / 2**20 for size in (4, 2, 1, 0.5)]
+    assert megabytes(shape) == [24, 12, 6, 3]         # FP32, FP16, INT8, INT4
+    assert megabytes(R["stentor3-50m"].shape) == [60, 30, 15, 7.5]
     full = dataclasses.replace(shape, num_key_value_heads=10)
-    assert su.kv_cache_bytes(shape, 4096) == 0.2 * su.kv_cache_bytes(full, 4096)                 # "an 80% reduction"
+    # "an 80% reduction"
+    assert su.kv_cache_bytes(shape, 4096) == 0.2 * su.kv_cache_bytes(full, 4096)
 
 
 def test_repaired_twins_reach_the_end_of_their_schedule():
@@ -69,20 +75,26 @@ def test_repaired_twins_reach_the_end_of_their_schedule():
         repaired = su.find_recipe(f"{name}-repaired", "t4")
         assert repaired.schedule_steps == repaired.total_steps == recipe.total_steps
         assert repaired.learning_rate_at(repaired.total_steps) < 1e-9
-    changed = [name for name in R if su.REPAIRED[f"{name}-repaired"].max_train_steps != R[name].max_train_steps]
+    changed = [name for name, recipe in R.items()
+               if su.REPAIRED[f"{name}-repaired"].max_train_steps != recipe.max_train_steps]
     assert changed == ["stentor2-12m"]
 
 
 def test_learning_rate_equals_transformers_schedules():
     from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
-    recipe = dataclasses.replace(R["stentor2-12m"], max_train_steps=200, warmup_ratio=0.1, stable_ratio=0.6)
+    recipe = dataclasses.replace(
+        R["stentor2-12m"], max_train_steps=200, warmup_ratio=0.1, stable_ratio=0.6)
     for kind in ("cosine", "warmup_stable_decay"):
         recipe = dataclasses.replace(recipe, lr_scheduler_type=kind)
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
-        schedule = get_cosine_schedule_with_warmup(optimizer, 20, 200) if kind == "cosine" else get_wsd_schedule(
-            optimizer, num_warmup_steps=20, num_stable_steps=120, num_decay_steps=60, decay_type="linear")
+        if kind == "cosine":
+            schedule = get_cosine_schedule_with_warmup(optimizer, 20, 200)
+        else:
+            schedule = get_wsd_schedule(optimizer, num_warmup_steps=20, num_stable_steps=120,
+                                        num_decay_steps=60, decay_type="linear")
         for update in range(200):
-            assert recipe.learning_rate_at(update) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12), (kind, update)
+            rate = schedule.get_last_lr()[0]
+            assert recipe.learning_rate_at(update) == pytest.approx(rate, abs=1e-12), (kind, update)
             optimizer.step()
             schedule.step()
 
@@ -98,8 +110,9 @@ def test_recipes_are_sound_and_survive_json(name):
 def test_compiling_without_a_compiler_is_refused_before_anything_starts(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     recipe = dataclasses.replace(R["stentor2-12m"], torch_compile=True)
-    assert recipe.problems() == ["torch_compile = True needs a C++ compiler, and no-such-compiler is not here: install it, or "
-                                 "set torch_compile to False."]
+    assert recipe.problems() == [
+        "torch_compile = True needs a C++ compiler, and no-such-compiler is not here: install it, "
+        "or set torch_compile to False."]
     with pytest.raises(su.ParameterError, match="no-such-compiler"):
         su.find_recipe("stentor2-12m", "cpu", {"torch_compile": True})
 
@@ -108,12 +121,15 @@ def test_built_model_has_the_published_shape_and_initialisation():
     recipe = R["stentor3-20m"]
     model = su.build_model(recipe.shape, initialization=recipe.initialization)
     assert sum(p.numel() for p in model.parameters()) == 20_324_160
-    assert type(model).__name__ == "LlamaForCausalLM" and model.config.rope_parameters["rope_theta"] == 50_000
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.rope_parameters["rope_theta"] == 50_000
     layer = model.model.layers[5]
-    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 24**0.5, rel=0.02)      # 0.00408
+    scaled = layer.mlp.down_proj.weight.std().item()
+    assert scaled == pytest.approx(0.02 / 24**0.5, rel=0.02)       # 0.00408
     assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
-    assert torch.equal(su.build_model(recipe.shape, initialization=recipe.initialization).lm_head.weight, model.lm_head.weight)
+    again = su.build_model(recipe.shape, initialization=recipe.initialization)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
 def test_plain_initialisation_is_002_everywhere():
@@ -130,18 +146,22 @@ def test_weight_decay_reaches_linear_weights_only():
         model = su.build_model(su.Shape(512, 128, 384, 2, 2, 2, tie_word_embeddings=tie))
         decay, rest = su.parameter_groups(model, 0.01)
         names = {id(p): n for n, p in model.named_parameters()}
-        assert {names[id(p)].split(".")[-2] for p in decay["params"]} == {
-            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} | (set() if tie else {"lm_head"})
+        linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert {names[id(p)].split(".")[-2] for p in decay["params"]} == (
+            linear if tie else linear | {"lm_head"})
         assert all("norm" in names[id(p)] or "embed" in names[id(p)] for p in rest["params"])
         assert len(decay["params"]) + len(rest["params"]) == len(names)
 
 
 def test_every_problem_of_a_recipe_is_reported_at_once():
     with pytest.raises(su.ParameterError) as error:
-        su.find_recipe("stentor2-12m", "cpu", {"token_budget": -5, "num_attention_heads": 3, "lr_scheduler_type": "cosin",
-                                               "learning_rat": 1})
+        su.find_recipe("stentor2-12m", "cpu", {
+            "token_budget": -5, "num_attention_heads": 3, "lr_scheduler_type": "cosin",
+            "learning_rat": 1, "rope_theta": 0, "anneal_weights": "x", "fp32_critical_first": 9})
     text = str(error.value)
-    for part in ("token_budget = -5", "num_attention_heads = 3", "'cosin'", "did you mean learning_rate"):
+    for part in ("token_budget = -5", "num_attention_heads = 3", "'cosin'",
+                 "did you mean learning_rate", "rope_theta = 0 must be a number above 0",
+                 "anneal_weights = 'x'", "fp32_critical_first = 9 must be at most 4"):
         assert part in text
     with pytest.raises(su.ParameterError, match="did you mean stentor2-12m"):
         su.find_recipe("stentor2-12")
@@ -149,4 +169,16 @@ def test_every_problem_of_a_recipe_is_reported_at_once():
 
 def test_difference_from_the_card_lists_exactly_the_changes():
     recipe = su.find_recipe("stentor2-12m", "t4", {"learning_rate": 1e-3, "hidden_size": 512})
-    assert recipe.difference(R["stentor2-12m"]) == [("shape.hidden_size", 512, 256), ("learning_rate", 1e-3, 8e-4)]
+    assert recipe.difference(R["stentor2-12m"]) == [
+        ("shape.hidden_size", 512, 256), ("learning_rate", 1e-3, 8e-4)]
+
+
+def test_what_a_resumed_run_and_a_second_draw_may_change():
+    """Said beside each field; another list here would continue, or refuse, other checkpoints."""
+    both = {"published", "unpublished", "per_device_eval_batch_size", "num_processes",
+            "save_every_minutes", "save_total_limit", "logging_steps", "torch_compile"}
+    assert free_fields(su.Recipe, RESUME) == both | {
+        "name", "sources", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "eval_steps", "best_eval_steps", "best_eval_start_step", "gradient_checkpointing",
+        "budget_check"}
+    assert free_fields(su.Recipe, DRAW) == both | {"seed", "mixed_precision", "attn_implementation"}
