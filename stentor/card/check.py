@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from stentor.card.facts import Facts, MARK, NUMBER, fill
-from stentor.card.sections import CHARTS, assumed_watts, card_template
+from stentor.card.scores import CHARTS
+from stentor.card.sections import assumed_watts, card_template
 from stentor.checkpoints import newest_state, recipe_differences
 from stentor.files import ParameterError, sha256, write_atomically
 from stentor.recipes import Recipe
