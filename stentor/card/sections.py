@@ -226,30 +226,37 @@ def training(facts: Facts) -> str:
     try:
         card = ALL_RECIPES[published.removeprefix("published recipe ")]
         different = [name for name, _, _ in Recipe.from_dict(recipe).difference(card)]
-    except (AttributeError, KeyError, ParameterError):       # an own recipe, or a run.json of another version of the suite
+    except (AttributeError, KeyError, ParameterError):       # an own recipe, or of another version
         published, different = None, []
     lines += ["What differs from the published recipe is in bold." if published else
               "There is no published recipe of this name to hold it against.", "",
               "| hyperparameter | this run | published |", "|---|---|---|"]
-    for name in [field.name for field in dataclasses.fields(Recipe)] + [name for name in different if "." in name]:
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    for name in [*names, *(name for name in different if "." in name)]:
         place = name.split(".")
         if place[0] not in recipe or name in ("name", "shape", "published", "unpublished"):
             continue
-        columns = ["no published figure"] * 2
-        for i, file in enumerate(filter(None, ("run.json", published))):
-            path = place if file == published else ["recipe", *place]
-            value = facts.read(file)
-            for key in path:                          # not `show`: None is a value here, "none"
-                value = value[key]
-            value = [source["name"] for source in value] if name == "sources" else value
-            columns[i] = facts.mark(plain(value), file, ".".join(path) + ".*.name" * (name == "sources"))
-        if published and name in card.unpublished:
-            columns[1] += " (not printed in the card)"
+        mine, theirs = hyperparameter(facts, "run.json", "recipe", *place), "no published figure"
+        if published:
+            theirs = hyperparameter(facts, published, *place)
+            theirs += " (not printed in the card)" * (name in card.unpublished)
         title = ("shape." if place[0] == "shape" else "") + facts.name("run.json", "recipe", *place)
-        lines.append(f"| {f'**{title}**' if name in different else title} | {' | '.join(columns)} |")
-    lines += ["", f"Steps done: {facts.show('summary.json', 'step')} of {facts.show('summary.json', 'steps')}; "
-              f"skipped for a gradient that was not finite: {facts.show('summary.json', 'skipped_steps')}."]
+        lines.append(row(f"**{title}**" if name in different else title, mine, theirs))
+    done, steps, skipped = (facts.show("summary.json", key)
+                            for key in ("step", "steps", "skipped_steps"))
+    lines += ["", f"Steps done: {done} of {steps}; skipped for a gradient that was not finite: "
+              f"{skipped}."]
     return "\n".join(lines) + "\n"
+
+
+def hyperparameter(facts: Facts, file: str, *path: str) -> str:
+    """The value there; not by `show`, because None is a value here, "none"."""
+    value, place = facts.read(file), ".".join(path)
+    for key in path:
+        value = value[key]
+    if path[-1] == "sources":
+        value, place = [source["name"] for source in value], f"{place}.*.name"
+    return facts.mark(plain(value), file, place)
 
 
 def precision(facts: Facts) -> str:
@@ -330,8 +337,8 @@ def assumed_watts(facts: Facts) -> tuple[float | None, str]:
     cores = facts.get("environment.json", "cpu_count")
     if device.startswith("cuda"):
         watts = ASSUMED_WATTS["cuda"]
-        return watts * processes, (f"{watts:g} W for each of {processes} GPUs, the power limit of a "
-                                   "T4; the rest of the machine not counted")
+        return watts * processes, (f"{watts:g} W for each of {processes} GPUs, the power limit of "
+                                   "a T4; the rest of the machine not counted")
     if device == "cpu" and cores:
         watts = ASSUMED_WATTS["cpu"]
         return watts * cores, f"{watts:g} W for each of {cores} CPU cores, a guess"
