@@ -86,11 +86,8 @@ def test_counts_of_the_cards(attention, options, counts):
         "fp32_norm_modules",
         "fp32_softmax_modules")
     assert tuple(report[name] for name in names) == counts
-    kinds = (
-        stentor.precision.Int8Linear,
-        stentor.precision.FP32Layer,
-        stentor.precision.FP32Norm,
-        stentor.precision.FP32SoftmaxAttention)
+    kinds = (stentor.precision.Int8Linear, stentor.precision.FP32Layer, stentor.precision.FP32Norm,
+             stentor.precision.FP32SoftmaxAttention)
     assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds) == counts
     critical = options["fp32_critical_layers"]
     assert {
@@ -174,9 +171,8 @@ def test_int8_gradient_is_the_straight_through_one(training):
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     out.backward(g)
     torch.manual_seed(7)  # the same rounding, seen from outside
-    (xq, xs), (wq, ws) = (
-        stentor.precision.int8_codes(x.detach(), training),
-        stentor.precision.int8_codes(linear.weight.detach(), training))
+    xq, xs = stentor.precision.int8_codes(x.detach(), training)
+    wq, ws = stentor.precision.int8_codes(linear.weight.detach(), training)
     xq, wq = xq * xs, wq * ws
     assert torch.equal(out, F.linear(xq, wq))
     assert torch.equal(x.grad, g @ wq)
