@@ -15,8 +15,12 @@ import stentor_utils as su
 
 HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-STENTOR2_12M = {"vocab_size": 8064, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12,
-                "num_attention_heads": 4}
+STENTOR2_12M = {
+    "vocab_size": 8064,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4}
 
 
 def build(shape=TINY, attention="sdpa", seed=0):
@@ -29,7 +33,8 @@ def build(shape=TINY, attention="sdpa", seed=0):
 
 
 def tokens(batch=2, length=16):
-    return torch.randint(TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def autocast(dtype):
@@ -75,23 +80,37 @@ def test_counts_of_the_cards(attention, options, counts):
     assert sum(p.numel() for p in model.parameters()) == 12_294_400
     before = {k: v.data_ptr() for k, v in model.state_dict().items()}
     report = su.apply_precision_recipe(model, fp32_norms=True, **options)
-    names = ("int8_linear_modules", "fp32_critical_layers", "fp32_norm_modules", "fp32_softmax_modules")
+    names = (
+        "int8_linear_modules",
+        "fp32_critical_layers",
+        "fp32_norm_modules",
+        "fp32_softmax_modules")
     assert tuple(report[name] for name in names) == counts
     kinds = (stentor.precision.Int8Linear, stentor.precision.FP32Layer, stentor.precision.FP32Norm,
              stentor.precision.FP32SoftmaxAttention)
     assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds) == counts
     critical = options["fp32_critical_layers"]
-    assert {i for i, layer in enumerate(model.model.layers) if isinstance(layer, stentor.precision.FP32Layer)} == critical
+    assert {
+        i
+        for i, layer in enumerate(model.model.layers)
+        if isinstance(layer, stentor.precision.FP32Layer)
+    } == critical
     for i, layer in enumerate(model.model.layers):
         int8 = sum(isinstance(m, stentor.precision.Int8Linear) for m in layer.modules())
         assert int8 == (7 if counts[0] and i not in critical else 0)
-    assert any("skipped" in note for note in report["notes"]) == ("fp32_softmax" in options and attention == "sdpa")
-    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == before  # same names, same storage, tie included
+    assert any("skipped" in note for note in report["notes"]) == (
+        "fp32_softmax" in options and attention == "sdpa")
+    # same names, same storage, tie included
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == before
 
 
 def everything(model):
-    return su.apply_precision_recipe(model, fp32_norms=True, fp32_critical_layers=(0,), int8_qat=True,
-                                     fp32_softmax=model.config._attn_implementation == "eager")
+    return su.apply_precision_recipe(
+        model,
+        fp32_norms=True,
+        fp32_critical_layers=(0,),
+        int8_qat=True,
+        fp32_softmax=model.config._attn_implementation == "eager")
 
 
 def test_survives_deepcopy_and_a_second_application():
@@ -129,13 +148,15 @@ def scale(x):
 
 @pytest.mark.parametrize(("training", "variance"), [(False, 1 / 12), (True, 1 / 6)], ids=["nearest", "stochastic"])
 def test_int8_error_is_the_expected_one(training, variance):
-    """Rounding to a grid of step s errs by +-s/2 with variance s^2/12 to nearest, by +-s with s^2/6 stochastically."""
+    """Rounding to a grid of step s errs by +-s/2 with variance s^2/12 to nearest, by +-s with
+    s^2/6 stochastically."""
     linear, x = int8_linear(training)
     w, (sx, sw) = linear.weight.detach(), (scale(x), scale(linear.weight.detach()))
     with torch.no_grad():
         error = linear(x) - F.linear(x, w)
     reach = 1.0 if training else 0.5
-    bound = F.linear(reach * sx.expand_as(x), w.abs()) + F.linear(x.abs() + reach * sx, reach * sw.expand_as(w))
+    bound = F.linear(reach * sx.expand_as(x), w.abs()) + F.linear(
+        x.abs() + reach * sx, reach * sw.expand_as(w))
     assert (error.abs() <= bound * (1 + 1e-5)).all()
     expected = variance * (sx**2 * (w**2).sum(-1) + (x**2).sum(-1, keepdim=True) * (sw**2).T)
     assert error.pow(2).mean().item() == pytest.approx(expected.mean().item(), rel=0.05)
@@ -156,7 +177,8 @@ def test_int8_gradient_is_the_straight_through_one(training):
     assert torch.equal(out, F.linear(xq, wq))
     assert torch.equal(x.grad, g @ wq)
     assert torch.equal(linear.weight.grad, g.T @ xq)
-    a, b = x.detach().requires_grad_(), linear.weight.detach().requires_grad_()  # the formula, by autograd
+    # the formula, by autograd
+    a, b = x.detach().requires_grad_(), linear.weight.detach().requires_grad_()
     F.linear(a + (xq - a).detach(), b + (wq - b).detach()).backward(g)
     torch.testing.assert_close(x.grad, a.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(linear.weight.grad, b.grad, rtol=1e-4, atol=1e-5)
@@ -172,7 +194,8 @@ def test_int8_nearest_codes_follow_the_formula():
 
 def test_stochastic_rounding_is_unbiased():
     torch.manual_seed(0)
-    values = torch.tensor([127.0, -127, 0, 3, 0.02, 0.25, 0.5, 0.9, -0.1, -41.5, 100.75])  # scale 1: code = value
+    # scale 1: code = value
+    values = torch.tensor([127.0, -127, 0, 3, 0.02, 0.25, 0.5, 0.9, -0.1, -41.5, 100.75])
     draws = 40_000
     codes, scales = stentor.precision.int8_codes(values.repeat(draws, 1), True)
     assert torch.allclose(scales, torch.ones(1))
@@ -181,7 +204,8 @@ def test_stochastic_rounding_is_unbiased():
     share = values - values.floor()
     z = (codes.mean(0) - values) / (share * (1 - share) / draws).sqrt().clamp_min(1e-9)
     assert z.abs().max() < 4, z
-    neighbours = torch.corrcoef(codes[:, 4:8].T) - torch.eye(4)  # four numbers come from one 64-bit draw
+    # four numbers come from one 64-bit draw
+    neighbours = torch.corrcoef(codes[:, 4:8].T) - torch.eye(4)
     assert neighbours.abs().max() < 5 / draws**0.5
     assert not torch.equal(codes[: draws // 2], codes[draws // 2 :])
 
@@ -198,7 +222,8 @@ def test_int8_under_autocast_multiplies_in_half_and_trains_the_fp32_master(half)
     assert out.dtype == half
     assert ops.seen["mm"] == {half}
     assert (x.grad.dtype, linear.weight.grad.dtype, linear.weight.dtype) == (torch.float32,) * 3
-    codes = [t for t in saved if t.dtype == torch.int8]  # what waits for backward: half the bytes of stock autocast
+    # what waits for backward: half the bytes of stock autocast
+    codes = [t for t in saved if t.dtype == torch.int8]
     assert sum(t.numel() for t in codes) == x.numel() + linear.weight.numel()
     assert sum(t.nbytes for t in saved) < 1.1 * sum(t.numel() for t in codes)
 
@@ -225,7 +250,8 @@ def test_fp32_norm_rounds_once(half):
     exact = x.double() / rms * norm.weight.double()
     normal = exact.abs() > torch.finfo(half).tiny
     error = ((out.double() - exact) / exact).abs()[normal].max()
-    assert error < 1.01 * torch.finfo(half).eps / 2  # stock Llama, rounding twice, has up to twice that
+    # stock Llama, rounding twice, has up to twice that
+    assert error < 1.01 * torch.finfo(half).eps / 2
     norm.__class__ = llama.LlamaRMSNorm
     with torch.no_grad(), autocast(half):
         assert ((norm(x).to(half).double() - exact) / exact).abs()[normal].max() > error
@@ -244,7 +270,8 @@ def test_fp32_critical_layer_computes_in_fp32(half):
     out, ops = run(model.model.layers[1], x, cos, sin, mask)
     assert out.dtype == half
     assert ops.dtypes == {torch.float32}
-    assert half in run(model.model.layers[0], x, cos, sin, mask)[1].dtypes  # its neighbour is in half: autocast is on
+    # its neighbour is in half: autocast is on
+    assert half in run(model.model.layers[0], x, cos, sin, mask)[1].dtypes
     model.model.layers[1].__class__ = llama.LlamaDecoderLayer
     with torch.no_grad():
         plain = model.model.layers[1](x.float(), attention_mask=mask.float(),
@@ -277,7 +304,8 @@ def test_fp32_softmax_sees_fp32_whatever_eager_attention_asks_for(half, monkeypa
     assert torch.equal(pinned[0], stock[0])
 
     def half_softmax(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-        scores = (query @ key.transpose(2, 3) * scaling + attention_mask).to(value.dtype)  # rope gave FP32 q, k
+        # rope gave FP32 q, k
+        scores = (query @ key.transpose(2, 3) * scaling + attention_mask).to(value.dtype)
         with torch.autocast("cpu", enabled=False):  # CPU autocast itself would leave the softmax in half
             weights = F.softmax(scores, dim=-1)
         return (weights @ value).transpose(1, 2), weights
@@ -325,7 +353,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
     saved.zero_grad()
     other, _ = loss_and_gradients(saved, ids, seed=4)
-    assert not torch.equal(other, loss)  # stochastic rounding was on, so recomputation had to repeat its draws
+    # stochastic rounding was on, so recomputation had to repeat its draws
+    assert not torch.equal(other, loss)
 
 
 def test_ddp_gives_the_same_gradients():
@@ -335,7 +364,8 @@ def test_ddp_gives_the_same_gradients():
     _, gradients = loss_and_gradients(model, ids)
     wrapped = copy.deepcopy(model)
     wrapped.zero_grad()
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         _, reduced = loss_and_gradients(nn.parallel.DistributedDataParallel(wrapped), ids)
     finally:
@@ -346,7 +376,10 @@ def test_ddp_gives_the_same_gradients():
 def test_weight_master_checkpoints_load():
     model = build()
     stock = model.state_dict()
-    names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers.1" in name]
+    names = [
+        f"{name}.weight"
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "layers.1" in name]
     assert len(names) == 7
     old = {(k + "_master" if k in names else k): v for k, v in stock.items()}
     old[names[0]] = torch.zeros_like(stock[names[0]])  # a stale copy beside its master
@@ -361,7 +394,8 @@ def test_weight_master_checkpoints_load():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_torch_compile_gives_the_same_loss_without_graph_breaks(attention):
     ids = tokens()
-    model = build(TINY | {"num_hidden_layers": 2}, attention).eval()  # eval rounds to nearest: no random numbers
+    # eval rounds to nearest: no random numbers
+    model = build(TINY | {"num_hidden_layers": 2}, attention).eval()
     everything(model)
     loss, gradients = loss_and_gradients(model, ids)
     twin = copy.deepcopy(model)

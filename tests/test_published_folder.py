@@ -1,7 +1,9 @@
-"""A saved folder in the hands of somebody who has transformers, torch and the folder: every default is right for them.
+"""A saved folder in the hands of somebody who has transformers, torch and the folder: every
+default is right for them.
 
-Equal to our own helper: default generate, greedy, pipeline, chat, streaming, assisted generation, prompt lookup, save again,
-load again. Speed is counted, not timed: the tokens of each forward pass.
+Equal to our own helper: default generate, greedy, pipeline, chat, streaming, assisted generation,
+prompt lookup, save again, load again. Speed is counted, not timed: the tokens of each forward
+pass.
 """
 import copy
 import dataclasses
@@ -80,9 +82,13 @@ print(json.dumps(first))
 def in_a_process_with_only_transformers(folder, tmp_path, prompts=PROMPTS):
     (tmp_path / "user.py").write_text(USER)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "user.py", str(folder), str(tmp_path / "again")], cwd=tmp_path, text=True,
-                          capture_output=True, input=json.dumps(prompts),
-                          env=env | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")})
+    done = subprocess.run(
+        [sys.executable, "user.py", str(folder), str(tmp_path / "again")],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        input=json.dumps(prompts),
+        env=env | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -94,21 +100,31 @@ def as_our_helper_says(folder, found):
         ours = {key: su.generate(model, tokenizer, [prompt], max_new_tokens=12, **settings)[0]
                 for key, settings in (("by_default", {}), ("greedy", {"do_sample": False}))}
         assert said["by_default"] == ours["by_default"]
-        assert {said[key] for key in ("greedy", "lookup", "assisted", "streamed", "piped")} == {ours["greedy"]}, said
+        assert {said[key] for key in ("greedy", "lookup", "assisted", "streamed", "piped")} == {
+            ours["greedy"]
+        }, said
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert found["ids"] == [ids] * 3
     assert found["generation"]["use_cache"] is True and found["whole"]
-    assert found["generation"]["max_length"] == found["model_max_length"] == model.config.max_position_embeddings
+    assert (
+        found["generation"]["max_length"]
+        == found["model_max_length"]
+        == model.config.max_position_embeddings)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """A run with everything that is for training only: eager attention, checkpointed layers, averages, INT8, FP32 layers."""
+    """A run with everything that is for training only: eager attention, checkpointed layers,
+    averages, INT8, FP32 layers."""
     recipe = dataclasses.replace(tiny.recipe, token_budget=8 * 8 * 64, attn_implementation="eager", ema_decay=0.9,
                                  gradient_checkpointing=True, int8_qat=True, fp32_softmax=True)
     folder = tmp_path_factory.mktemp("trained")
-    su.train(recipe, su.TokenStore(tiny.store_dir, recipe), folder, tokenizer=su.load_tokenizer(tiny.tokenizer_dir),
-             say=lambda text: None)
+    su.train(
+        recipe,
+        su.TokenStore(tiny.store_dir, recipe),
+        folder,
+        tokenizer=su.load_tokenizer(tiny.tokenizer_dir),
+        say=lambda text: None)
     return folder
 
 
@@ -129,7 +145,9 @@ def test_a_merged_fine_tune_is_right_too_and_recommends_its_own_sampling(trained
     from peft import LoraConfig, get_peft_model
     tokenizer = su.load_tokenizer(trained / "final")
     torch.manual_seed(0)
-    model = get_peft_model(su.load_model(trained / "final"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        su.load_model(trained / "final"),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -150,19 +168,24 @@ def test_an_old_folder_without_a_cache_is_healed_in_hand_and_when_saved_again(tr
     for name in ("config.json", "generation_config.json"):
         path = old / name
         values = json.loads(path.read_text())
-        path.write_text(json.dumps({key: value for key, value in values.items() if key not in su.GENERATION}
-                                   | {"use_cache": False, "pad_token_id": None}))
+        path.write_text(
+            json.dumps(
+                {key: value for key, value in values.items() if key not in su.GENERATION}
+                | {"use_cache": False, "pad_token_id": None}))
     model = su.load_model(old)
     assert model.config.use_cache and model.generation_config.use_cache
     su.save_model_folder(model, su.load_tokenizer(old), tmp_path / "new", su.GENERATION)
-    as_our_helper_says(tmp_path / "new", in_a_process_with_only_transformers(tmp_path / "new", tmp_path))
+    as_our_helper_says(
+        tmp_path / "new", in_a_process_with_only_transformers(tmp_path / "new", tmp_path))
 
 
 def test_training_keeps_no_cache_although_the_folder_says_so(tiny):
-    """The memory of keys and values, layer by layer, which the config no longer forbids: no call of the loop asks for it."""
+    """The memory of keys and values, layer by layer, which the config no longer forbids: no call
+    of the loop asks for it."""
     model, asked = su.build_model(tiny.recipe.shape), []
     su.use_chunked_loss(model)
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs["use_cache"]), with_kwargs=True)
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["use_cache"]), with_kwargs=True)
     ids = torch.tensor([[1, 2, 3]])
     model.train()(input_ids=ids, labels=ids)
     su.evaluate(model, ids[0].numpy(), 3, block_size=2, batch_size=1)
@@ -171,7 +194,8 @@ def test_training_keeps_no_cache_although_the_folder_says_so(tiny):
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 def test_file_modes_follow_the_umask(tiny, tmp_path, umask):
-    """Also of files that came with other modes (a library's mkstemp: 0600; a read-only input: 0444)."""
+    """Also of files that came with other modes (a library's mkstemp: 0600; a read-only input:
+    0444)."""
     class Tokenizer:                                  # what a library may do while it saves
         def __init__(self, own):
             self.own = own
@@ -188,7 +212,8 @@ def test_file_modes_follow_the_umask(tiny, tmp_path, umask):
             (folder / "tokenmonster_hf.py").chmod(0o444)
     before = os.umask(umask)
     try:
-        su.save_model_folder(su.build_model(tiny.recipe.shape), Tokenizer(tiny.tokenizer), tmp_path / "final")
+        su.save_model_folder(
+            su.build_model(tiny.recipe.shape), Tokenizer(tiny.tokenizer), tmp_path / "final")
         su.save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, {})
         su.write_atomically(tmp_path / "summary.json", "{}")
     finally:
@@ -212,17 +237,23 @@ def rewritten(source, folder, change, config=(), shards=1):
         return folder
     place = {key: f"model-{i % shards}.safetensors" for i, key in enumerate(sorted(tensors))}
     for name in set(place.values()):
-        save_file({key: tensors[key] for key in tensors if place[key] == name}, folder / name, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+        save_file(
+            {key: tensors[key] for key in tensors if place[key] == name},
+            folder / name,
+            metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": place}))
     return folder
 
 
 def old_names(tensors):
-    return {key.replace("proj.weight", "proj.weight_master"): value for key, value in tensors.items()}
+    return {
+        key.replace("proj.weight", "proj.weight_master"): value for key, value in tensors.items()}
 
 
 def with_stale(tensors):
-    return old_names(tensors) | {key: torch.zeros_like(value) for key, value in tensors.items() if "proj" in key}
+    return old_names(tensors) | {
+        key: torch.zeros_like(value) for key, value in tensors.items() if "proj" in key}
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -236,7 +267,8 @@ def test_every_weight_is_the_files_also_under_its_old_name(trained, tmp_path, ch
 
 
 def without(*words):
-    return lambda tensors: {key: value for key, value in tensors.items() if not all(word in key for word in words)}
+    return lambda tensors: {
+        key: value for key, value in tensors.items() if not all(word in key for word in words)}
 
 
 WRONG = {
@@ -293,8 +325,14 @@ def test_prompts_are_checked_and_an_empty_one_continues_from_eos(tiny):
             su.generate(model, tiny.tokenizer, bad)
     empty = su.generate(model, tiny.tokenizer, ["", "x"], max_new_tokens=8, do_sample=False)
     ids = torch.tensor([[tiny.tokenizer.eos_token_id]])
-    out = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_length=9, **{**su.GENERATION, "do_sample": False})
-    assert empty[0] == tiny.tokenizer.decode(out[0, 1:].tolist(), skip_special_tokens=True) and len(empty) == 2
+    out = model.eval().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_length=9,
+        **{**su.GENERATION, "do_sample": False})
+    assert (
+        empty[0] == tiny.tokenizer.decode(out[0, 1:].tolist(), skip_special_tokens=True)
+        and len(empty) == 2)
 
 
 @pytest.mark.parametrize("what", ["the folder", "its parent", "nothing yet"])
@@ -313,9 +351,15 @@ def test_a_link_stays_a_link_and_its_target_is_replaced(tiny, tmp_path, what):
         (target / "left.txt").write_text("of another model")
     for seed in (1, 2, 3):
         su.save_model_folder(su.build_model(tiny.recipe.shape, seed=seed), tiny.tokenizer, link)
-        assert os.path.realpath(link) == str(target) and link.parent.joinpath("final").is_symlink() == (what != "its parent")
-        assert torch.equal(su.load_model(link).lm_head.weight, su.build_model(tiny.recipe.shape, seed=seed).lm_head.weight)
-    assert {path.name for path in target.parent.iterdir()} == {target.name} and not (target / "left.txt").exists()
+        assert os.path.realpath(link) == str(target) and link.parent.joinpath(
+            "final"
+        ).is_symlink() == (what != "its parent")
+        assert torch.equal(
+            su.load_model(link).lm_head.weight,
+            su.build_model(tiny.recipe.shape, seed=seed).lm_head.weight)
+    assert {path.name for path in target.parent.iterdir()} == {target.name} and not (
+        target / "left.txt"
+    ).exists()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"final"}
 
 

@@ -1,6 +1,8 @@
-"""Never lose a run: kills, damage, full disks, signals, deadlines, runs that come apart, crafted folders, secrets.
+"""Never lose a run: kills, damage, full disks, signals, deadlines, runs that come apart, crafted
+folders, secrets.
 
-What test_train, test_hub and test_store already show is not repeated here. The long form is tests/soak.py (`make soak`).
+What test_train, test_hub and test_store already show is not repeated here. The long form is
+tests/soak.py (`make soak`).
 """
 import dataclasses
 import json
@@ -36,7 +38,8 @@ def quiet(text):
 
 @pytest.fixture(scope="module")
 def micro(tiny):
-    """The smallest recipe that still does everything, for tests that train many times: 16 steps, EMA, one layer."""
+    """The smallest recipe that still does everything, for tests that train many times: 16 steps,
+    EMA, one layer."""
     shape = su.Shape(tiny.recipe.shape.vocab_size, 8, 8, 1, 1, 1, 16)
     return dataclasses.replace(tiny.recipe, name="micro", shape=shape, block_size=16, token_budget=16 * 4 * 16, ema_decay=0.9,
                                per_device_train_batch_size=2, fp32_critical_first=0, eval_steps=4, best_eval_steps=4,
@@ -52,7 +55,8 @@ def weights(folder: Path) -> bytes:
 
 
 class Wrapped:
-    """A token store with something happening at each batch: `at(step, batch) -> batch`. The evaluation is a short one."""
+    """A token store with something happening at each batch: `at(step, batch) -> batch`. The
+    evaluation is a short one."""
 
     def __init__(self, tiny, recipe, at):
         self.store, self.at = su.TokenStore(tiny.store_dir, recipe), at
@@ -72,9 +76,11 @@ class Wrapped:
 
 
 def test_kill_9_at_random_instants(tiny):
-    """20 runs of fp16 with loss scaling, INT8's random rounding and EMA, 3 kills each, against one left alone.
+    """20 runs of fp16 with loss scaling, INT8's random rounding and EMA, 3 kills each, against one
+    left alone.
 
-    A run that ends before its last kill is compared all the same, and one more is made, until 60 have struck.
+    A run that ends before its last kill is compared all the same, and one more is made, until 60
+    have struck.
 
     Tried: with the averages, or the loss scale, not taken from the checkpoint, it fails.
     """
@@ -84,14 +90,16 @@ def test_kill_9_at_random_instants(tiny):
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)
     assert counts["kills"] >= 60 and counts["runs"] >= 20
-    assert counts["differing_files"] == [] and counts["unloadable_resumes"] == 0, done.stderr[-3000:]
+    assert counts["differing_files"] == [], done.stderr[-3000:]
+    assert counts["unloadable_resumes"] == 0, done.stderr[-3000:]
     assert counts["restarts_from_step_0_although_saved"] == 0 and counts["left_behind"] == []
     assert sum(n > 0 for n in counts["kills_by_phase"].values()) >= 4
 
 
 @pytest.mark.parametrize("instant", ["before the last rename", "between the two renames", "while deleting"])
 def test_a_save_cut_between_two_calls_loses_nothing(tmp_path, monkeypatch, instant):
-    """The only checkpoint is saved again at its own step (an evaluation, then a stop) and the process dies inside."""
+    """The only checkpoint is saved again at its own step (an evaluation, then a stop) and the
+    process dies inside."""
     tensors = {"model": {"w": torch.ones(3)}, "optimizer": {"w.step": torch.zeros(())}}
     su.save_checkpoint(tmp_path, 8, tensors, {"evaluated": False})
 
@@ -121,14 +129,18 @@ def test_a_save_cut_between_two_calls_loses_nothing(tmp_path, monkeypatch, insta
     assert found["model"]["w"].tolist() == [1, 1, 1] and not said
     assert state["evaluated"] == (instant != "before the last rename")
     su.save_checkpoint(tmp_path, 16, tensors, {})
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000008", "step-00000016"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "step-00000008",
+        "step-00000016"}
 
 
 def test_the_crash_of_one_of_two_processes_restarts_both_from_the_checkpoint(tiny, tmp_path, monkeypatch):
-    """kill -9 of one worker: `launch` starts both again, once, and the weights are those of two that were left alone.
+    """kill -9 of one worker: `launch` starts both again, once, and the weights are those of two
+    that were left alone.
 
-    Process 1 kills itself where it would read batch 6, so that it is dead there however fast the machine is. The restarted
-    process 1 is late: process 0 must wait for its new address, not connect to the dead one's.
+    Process 1 kills itself where it would read batch 6, so that it is dead there however fast the
+    machine is. The restarted process 1 is late: process 0 must wait for its new address, not
+    connect to the dead one's.
     """
     (tmp_path / "sitecustomize.py").write_text("""
 import os, signal, time
@@ -148,13 +160,16 @@ if attempt == "1" and os.environ["RANK"] == "1":
     time.sleep(4)
 """)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPO)]))
-    recipe = dataclasses.replace(tiny.recipe, token_budget=16 * 8 * 64, eval_steps=4, best_eval_steps=4, logging_steps=1)
+    recipe = dataclasses.replace(
+        tiny.recipe, token_budget=16 * 8 * 64, eval_steps=4, best_eval_steps=4, logging_steps=1)
     for name in ("alone", "killed"):
         log = []
         summary = su.launch(recipe, tiny.store_dir, tiny.tokenizer_dir, tmp_path / name, num_processes=2, say=log.append)
         monkeypatch.setenv("KILLED", str(tmp_path / "mark"))
     assert (tmp_path / "mark").exists() and summary["processes"] == 2
-    assert sum("going on from step 4 of 16" in line or "going on from step 6" in line for line in log) == 1, log[-20:]
+    went_on = [line for line in log
+               if "going on from step 4 of 16" in line or "going on from step 6" in line]
+    assert len(went_on) == 1, log[-20:]
     assert weights(tmp_path / "alone") == weights(tmp_path / "killed")
 
 
@@ -162,7 +177,8 @@ if attempt == "1" and os.environ["RANK"] == "1":
 
 
 def test_every_file_of_a_checkpoint_damaged_in_every_way_is_noticed(tiny, micro, tmp_path):
-    """5 files x {cut at 0, 50, 99%, one bit flipped at 20 places, deleted}; then a run goes on past a bad one, same weights."""
+    """5 files x {cut at 0, 50, 99%, one bit flipped at 20 places, deleted}; then a run goes on
+    past a bad one, same weights."""
     train(tiny, micro, tmp_path / "a")
     newest = su.checkpoint_folders(tmp_path / "a")[-1]
     files = {path.name: path.read_bytes() for path in newest.iterdir()}
@@ -179,7 +195,8 @@ def test_every_file_of_a_checkpoint_damaged_in_every_way_is_noticed(tiny, micro,
             problem = su.verify_checkpoint(newest)
             if name == "manifest.json" and bad and not problem:      # a flip in its white space or in "bytes": all else holds
                 old, new = json.loads(data), json.loads(bad)
-                assert {n: e["sha256"] for n, e in old.items()} == {n: e["sha256"] for n, e in new.items()}
+                assert {n: e["sha256"] for n, e in old.items()} == {
+                    n: e["sha256"] for n, e in new.items()}
             else:
                 assert problem and "\n" not in problem, (name, bad)
             tried += 1
@@ -200,13 +217,17 @@ def test_every_file_of_a_checkpoint_damaged_in_every_way_is_noticed(tiny, micro,
 
 def mounted(folder: Path, size: str):
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder],
+        capture_output=True,
+        text=True)
     if done.returncode:
         pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(tiny, tmp_path):
-    """A 4 MB disk that something else fills up during training, and that is freed again before the end, or is not."""
+    """A 4 MB disk that something else fills up during training, and that is freed again before the
+    end, or is not."""
     disk = tmp_path / "disk"
     mounted(disk, "4m")
     try:
@@ -227,10 +248,14 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tiny, tmp_path):
             recipe, store = tiny.recipe, Wrapped(tiny, tiny.recipe, fill)
             best = run_dir / "best" / "model.safetensors"
             if freed:
-                summary = train(tiny, recipe, run_dir, store=store, tokenizer=tiny.tokenizer, say=said.append)
+                summary = train(
+                    tiny, recipe, run_dir, store=store, tokenizer=tiny.tokenizer, say=said.append)
                 assert summary["step"] == 24 and (run_dir / "final" / "model.safetensors").exists()
-                rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-                assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 8, 16, 24]     # none lost meanwhile
+                rows = [
+                    json.loads(line)
+                    for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+                # none lost meanwhile
+                assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 8, 16, 24]
                 whole = weights(run_dir)
             else:
                 with pytest.raises(su.TrainingFailed, match="has no room .*No space left"):
@@ -240,7 +265,9 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tiny, tmp_path):
                 ballast.unlink()
                 train(tiny, recipe, run_dir, tokenizer=tiny.tokenizer, say=said.append,
                       store=Wrapped(tiny, recipe, lambda step, batch: batch))
-                assert any("going on from step 8" in line for line in said) and weights(run_dir) == whole
+                assert (
+                    any("going on from step 8" in line for line in said)
+                    and weights(run_dir) == whole)
             warned = [line for line in said if line.startswith("WARNING")]
             assert any("no checkpoint at step 16 (No space left on device); the last one, of step 8, is kept" in line
                        for line in warned) and any("best/ could not be written" in line for line in warned), said
@@ -256,7 +283,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tiny, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_a_step_in_the_wait_for_data_and_in_an_evaluation(tiny, micro, tmp_path, monkeypatch, number, code):
-    """Nothing is lost, neither evaluation nor data is waited for, the lock and the handlers are given back."""
+    """Nothing is lost, neither evaluation nor data is waited for, the lock and the handlers are
+    given back."""
     train(tiny, micro, tmp_path / "alone", store=Wrapped(tiny, micro, lambda step, batch: batch))
     accumulate = stentor.engine.accumulate_gradients
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -296,12 +324,14 @@ def test_a_signal_in_a_step_in_the_wait_for_data_and_in_an_evaluation(tiny, micr
         assert len(reached) == 1, reached
         assert su.checkpoint_folders(folder)[-1].name == f"step-{saved:08d}"
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-        train(tiny, micro, folder, store=Store(tiny, micro, lambda step, batch: batch))     # the same kernel goes on
+        # the same kernel goes on
+        train(tiny, micro, folder, store=Store(tiny, micro, lambda step, batch: batch))
         assert weights(folder) == weights(tmp_path / "alone")
 
 
 def test_an_error_leaves_the_kernel_usable(tiny, micro, tmp_path):
-    """An exception whose traceback is kept, as a notebook keeps it, does not keep the run's folder locked."""
+    """An exception whose traceback is kept, as a notebook keeps it, does not keep the run's folder
+    locked."""
     def broken(step, batch):
         raise RuntimeError("a batch could not be read")
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -312,8 +342,9 @@ def test_an_error_leaves_the_kernel_usable(tiny, micro, tmp_path):
 
 
 def test_the_stop_button_in_data_preparation(tiny, tmp_path):
-    """KeyboardInterrupt after the third shard and at 8 random instants, in one process that goes on each time: the stores
-    are those of one call. Where one comes too late the store is whole, and the next one is drawn for another store."""
+    """KeyboardInterrupt after the third shard and at 8 random instants, in one process that goes
+    on each time: the stores are those of one call. Where one comes too late the store is whole,
+    and the next one is drawn for another store."""
     def prepare(folder, **more):
         su.prepare_tokens([tiny.source], tiny.tokenizer, folder, tokens_per_source={"topics": 150_000},
                           validation_documents=4, shard_tokens=8_000, progress=quiet, **more)
@@ -323,7 +354,8 @@ def test_the_stop_button_in_data_preparation(tiny, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
     began = time.monotonic()
     prepare(tmp_path / "whole")
-    took, draw, stops, folders = time.monotonic() - began, random.Random(1), 0, [tmp_path / "stopped-0"]
+    took, draw = time.monotonic() - began, random.Random(1)
+    stops, folders = 0, [tmp_path / "stopped-0"]
     with pytest.raises(KeyboardInterrupt):
         prepare(folders[0], after_shard=press)
     while stops < 8:
@@ -333,7 +365,8 @@ def test_the_stop_button_in_data_preparation(tiny, tmp_path):
             prepare(folders[-1])
             folders.append(tmp_path / f"stopped-{len(folders)}")
             timer.cancel()
-            timer.join()                              # it may be striking just now: here, and not behind the `try`
+            # it may be striking just now: here, and not behind the `try`
+            timer.join()
             time.sleep(0)
         except KeyboardInterrupt:
             stops += 1
@@ -348,13 +381,19 @@ def test_the_stop_button_in_data_preparation(tiny, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_exit_codes_before_the_loop(tiny, micro, tmp_path, number, code):
-    """A signal while the process still builds its model: the documented exit code, nothing half-written."""
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": micro.to_dict(), "store": str(tiny.store_dir),
-                                                   "tokenizer": str(tiny.tokenizer_dir)}))
+    """A signal while the process still builds its model: the documented exit code, nothing
+    half-written."""
+    run = {"recipe": micro.to_dict(), "store": str(tiny.store_dir),
+           "tokenizer": str(tiny.tokenizer_dir)}
+    (tmp_path / "run.json").write_text(json.dumps(run))
     script = ("import os, sys, stentor.commands, stentor.learner as loop\nbuild = loop.build_model\n"
               f"loop.build_model = lambda *a, **k: (os.kill(os.getpid(), {int(number)}), build(*a, **k))[1]\n"
               "sys.exit(stentor.commands.main(['train', sys.argv[1]]))")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.json")], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run.json")],
+        cwd=REPO,
+        capture_output=True,
+        text=True)
     assert done.returncode == code, done.stderr[-1000:]
     assert not (tmp_path / "checkpoints").exists()
 
@@ -363,15 +402,18 @@ def test_exit_codes_before_the_loop(tiny, micro, tmp_path, number, code):
 
 
 def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_path, monkeypatch):
-    """50 sessions of the real loop on a clock that only steps, saves and evaluations move; each ends in time, with its state.
+    """50 sessions of the real loop on a clock that only steps, saves and evaluations move; each
+    ends in time, with its state.
 
-    A step or evaluation takes up to the longest so far (a first one cannot be foreseen), a save three times the slowest.
+    A step or evaluation takes up to the longest so far (a first one cannot be foreseen), a save
+    three times the slowest.
     """
     from types import SimpleNamespace
     draw, now, longest = random.Random(0), [0.0], {}
 
     def spend(kind):
-        ceiling = {"step": 20, "evaluation": 300}.get(kind) if kind not in longest else longest[kind]
+        ceiling = (
+            {"step": 20, "evaluation": 300}.get(kind) if kind not in longest else longest[kind])
         if kind == "save":
             ceiling = 3 * longest.setdefault(kind, 1.0)
         seconds = draw.uniform(0.3, 1) * min(ceiling, 120 if kind == "save" else ceiling)
@@ -401,7 +443,8 @@ def test_the_deadline_is_kept_with_saves_three_times_as_slow(tiny, micro, tmp_pa
         folder, hours = tmp_path / str(case), draw.uniform(300, 1500) / 3600
         began, said = now[0], []
         longest.clear()
-        # the process's first step must be seen before it can be allowed for: the fit of the micro-batch calls batch() once
+        # the process's first step must be seen before it can be allowed for: the fit of the
+        # micro-batch calls batch() once
         summary = train(tiny, recipe, folder, store=Store(tiny, recipe, batch), deadline_hours=hours, say=said.append)
         newest = su.checkpoint_folders(folder)[-1]
         assert json.loads((newest / "state.json").read_text())["step"] == summary["step"]
@@ -425,7 +468,8 @@ def test_the_lock_dies_with_its_process(tmp_path):
     if not pid:
         os.close(held)
         su.RunLock(tmp_path)
-        lock = su.RunLock.__new__(su.RunLock)         # the first was collected and released: hold one for real
+        # the first was collected and released: hold one for real
+        lock = su.RunLock.__new__(su.RunLock)
         lock.__init__(tmp_path)
         os.write(say_ready, b"x")
         os.read(end, 1)                               # comes back only when the parent is gone
@@ -448,14 +492,19 @@ def test_the_lock_dies_with_its_process(tmp_path):
 
 def test_control_characters_and_a_50_mb_document(tiny, tmp_path):
     import tracemalloc
-    controls = "".join(map(chr, [*range(32), 0x7f, *range(0x80, 0xa0), 0x200b, 0x202e, 0xfeff, 0xfffe, 0x1f600]))
+    controls = "".join(
+        map(chr, [*range(32), 0x7F, *range(0x80, 0xA0), 0x200B, 0x202E, 0xFEFF, 0xFFFE, 0x1F600]))
     rows = ["good one", f"with {controls} inside", "x " * 25_000_000, "good two", "good three"]
     with open(tmp_path / "docs.jsonl", "w") as file:
         for text in rows:
             file.write(json.dumps({"text": text}) + "\n")
     tracemalloc.start()
-    su.prepare_tokens([su.Source("docs", str(tmp_path / "docs.jsonl"))], tiny.tokenizer, tmp_path / "store",
-                      tokens_per_source={"docs": 1000}, validation_documents=1)
+    su.prepare_tokens(
+        [su.Source("docs", str(tmp_path / "docs.jsonl"))],
+        tiny.tokenizer,
+        tmp_path / "store",
+        tokens_per_source={"docs": 1000},
+        validation_documents=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     entry = json.loads((tmp_path / "store" / "manifest.json").read_text())["sources"]["docs"]
@@ -471,7 +520,8 @@ def test_control_characters_and_a_50_mb_document(tiny, tmp_path):
 
 
 def poison(monkeypatch, bad_steps: dict):
-    """at(step, batch) for Wrapped: in `bad_steps` {step: factor} the gradient of that batch is multiplied by the factor."""
+    """at(step, batch) for Wrapped: in `bad_steps` {step: factor} the gradient of that batch is
+    multiplied by the factor."""
     now, build = [None], su.build_model
 
     def build_poisoned(*args, **kwargs):
@@ -492,7 +542,9 @@ def rows_of(folder):
 
 def test_twenty_nonfinite_gradients_leave_the_weights_finite(tiny, micro, tmp_path, monkeypatch):
     recipe, draw = dataclasses.replace(micro, token_budget=64 * 4 * 16), random.Random(3)
-    bad = {step: draw.choice([float("nan"), float("inf"), -float("inf")]) for step in draw.sample(range(64), 20)}
+    bad = {
+        step: draw.choice([float("nan"), float("inf"), -float("inf")])
+        for step in draw.sample(range(64), 20)}
     summary = train(tiny, recipe, tmp_path, store=Wrapped(tiny, recipe, poison(monkeypatch, bad)))
     assert summary["skipped_steps"] == 20
     assert [row["batch"] for row in rows_of(tmp_path) if row["kind"] == "skipped"] == sorted(bad)
@@ -505,7 +557,8 @@ def test_twenty_nonfinite_gradients_leave_the_weights_finite(tiny, micro, tmp_pa
 
 @pytest.mark.parametrize("mixed_precision, times", [("no", (1, 3)), ("fp16", (2,))])
 def test_ten_bad_steps_in_a_row_go_back_and_three_times_stop(tiny, micro, tmp_path, monkeypatch, mixed_precision, times):
-    """Back to the last good evaluation, the batches since left out; a run that is stopped and resumed decides the same."""
+    """Back to the last good evaluation, the batches since left out; a run that is stopped and
+    resumed decides the same."""
     recipe = dataclasses.replace(micro, token_budget=64 * 4 * 16, mixed_precision=mixed_precision)
     for troubles in times:
         bad = {start + i: float("inf") for start in (9, 25, 41)[:troubles] for i in range(10)}
@@ -532,22 +585,30 @@ def test_ten_bad_steps_in_a_row_go_back_and_three_times_stop(tiny, micro, tmp_pa
                         break
             assert not left
             tensors, state = su.load_checkpoint(folder)
-            assert all(torch.isfinite(t).all() for group in tensors.values() for t in group.values())
-            went_back = [(row["step"], row["good_step"]) for row in rows_of(folder) if row["kind"] == "rollback"]
+            assert all(
+                torch.isfinite(t).all() for group in tensors.values() for t in group.values())
+            went_back = [
+                (row["step"], row["good_step"])
+                for row in rows_of(folder)
+                if row["kind"] == "rollback"]
             assert went_back == [(19, 8), (35, 24)][:troubles]
-            outcomes.append((state["rollbacks"], tensors["model"]["model.norm.weight"].tolist(), state["updates"]))
+            norm = tensors["model"]["model.norm.weight"].tolist()
+            outcomes.append((state["rollbacks"], norm, state["updates"]))
         if troubles < 3:
-            assert outcomes[0] == outcomes[1] and weights(tmp_path / f"{troubles}-alone") == weights(
-                tmp_path / f"{troubles}-stopped")
+            assert outcomes[0] == outcomes[1]
+            alone, stopped = (tmp_path / f"{troubles}-{how}" for how in ("alone", "stopped"))
+            assert weights(alone) == weights(stopped)
             assert outcomes[0][2] == 64 - sum(end - start for start, end, _ in outcomes[0][0])
         else:
-            assert outcomes[0] == outcomes[2] and "came apart at step 51: the gradients of 10 steps in a row" in outcomes[0]
+            assert outcomes[0] == outcomes[2]
+            assert "came apart at step 51: the gradients of 10 steps in a row" in outcomes[0]
             assert "back from step 19 to 8" in outcomes[0] and "learning_rate" in outcomes[0]
             assert not (tmp_path / "3-alone" / "final").exists()
 
 
 def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
-    """In batches 24 to 27 the labels are one token never seen: the logged loss leaps, and those batches leave no trace."""
+    """In batches 24 to 27 the labels are one token never seen: the logged loss leaps, and those
+    batches leave no trace."""
     recipe = dataclasses.replace(tiny.recipe, token_budget=36 * 8 * 64, logging_steps=2)
     rare, stops, same, folder = tiny.recipe.shape.vocab_size - 1, [], [], None
 
@@ -556,9 +617,14 @@ def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
             stops.pop(0)
             os.kill(os.getpid(), signal.SIGINT)
         if step in (26, 28):                          # saved right after going back: the weights of step 24
-            good, now = ((folder / "checkpoints" / f"step-{n:08d}" / "model.safetensors").read_bytes() for n in (24, step))
+            good, now = (
+                (folder / "checkpoints" / f"step-{n:08d}" / "model.safetensors").read_bytes()
+                for n in (24, step))
             same.append(good == now)
-        return {**batch, "labels": torch.full_like(batch["labels"], rare)} if 24 <= step < 28 else batch
+        return (
+            {**batch, "labels": torch.full_like(batch["labels"], rare)}
+            if 24 <= step < 28
+            else batch)
     for name, at_steps in (("alone", []), ("stopped", [24, 27])):
         stops[:], folder = at_steps, tmp_path / name
         while True:
@@ -571,7 +637,8 @@ def test_a_loss_spike_goes_back_and_on(tiny, tmp_path):
         assert [(row["step"], row["good_step"]) for row in back] == [(26, 24), (28, 24)]
         assert all(row["reason"].startswith("the loss rose to ") for row in back)
     losses = [row["loss"] for row in rows_of(tmp_path / "alone") if row["kind"] == "eval"]
-    assert losses == sorted(losses, reverse=True) and not stops and all(same) and len(same) == 4, same
+    assert losses == sorted(losses, reverse=True) and not stops and all(same) and len(same) == 4, (
+        same)
     assert weights(tmp_path / "alone") == weights(tmp_path / "stopped")
 
 
@@ -585,19 +652,25 @@ def test_what_does_not_belong_to_a_checkpoint_is_refused_before_the_first_step(t
     train(tiny, micro, tmp_path / "run", **given)
     recipe, store, words = micro, None, None
     if what == "shape":
-        recipe = dataclasses.replace(micro, shape=dataclasses.replace(micro.shape, intermediate_size=16))
+        recipe = dataclasses.replace(
+            micro, shape=dataclasses.replace(micro.shape, intermediate_size=16))
         words = ("shape is", '"intermediate_size": 8', '"intermediate_size": 16')
     if what == "store":
         su.prepare_tokens([tiny.source], tiny.tokenizer, tmp_path / "other", tokens_per_source={"topics": 30_000},
                           validation_documents=4, shard_tokens=9_000)
-        store, words = su.TokenStore(tmp_path / "other", micro), ("store is", "in the checkpoint", "in this run")
+        store, words = (
+            su.TokenStore(tmp_path / "other", micro),
+            ("store is", "in the checkpoint", "in this run"))
     if what == "base model":
-        given, words = {"model": su.build_model(micro.shape, seed=2)}, ("start_weights is", "in the checkpoint", "in this run")
+        given, words = (
+            {"model": su.build_model(micro.shape, seed=2)},
+            ("start_weights is", "in the checkpoint", "in this run"))
     if what == "tokenizer":
         import tokenmonster_hf as tm
-        other = tm.TokenMonsterTokenizer.from_vocabulary(tm.Vocabulary.from_tokens([b" the"], capcode=0, include="all256"))
-        given, words = {"tokenizer": other}, ("made by the tokenizer", su.tokenizer_sha256(tiny.tokenizer)[:12],
-                                              su.tokenizer_sha256(other)[:12])
+        other = tm.TokenMonsterTokenizer.from_vocabulary(
+            tm.Vocabulary.from_tokens([b" the"], capcode=0, include="all256"))
+        shas = [su.tokenizer_sha256(one)[:12] for one in (tiny.tokenizer, other)]
+        given, words = {"tokenizer": other}, ("made by the tokenizer", *shas)
     said = []
     with pytest.raises((su.CheckpointError, su.ParameterError)) as caught:
         train(tiny, recipe, tmp_path / "run", store=store, say=said.append, **given)
@@ -609,7 +682,8 @@ def test_what_does_not_belong_to_a_checkpoint_is_refused_before_the_first_step(t
 
 
 def test_200_bad_configurations_are_listed_whole():
-    """1 to 6 fields out of range, of the wrong type, or misspelt: every one is named, and nothing is built for it."""
+    """1 to 6 fields out of range, of the wrong type, or misspelt: every one is named, and nothing
+    is built for it."""
     draw, nan = random.Random(0), float("nan")
     counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "token_budget", "eval_steps",
               "best_eval_steps", "max_eval_samples", "save_total_limit", "logging_steps", "block_size", "hidden_size",
@@ -625,11 +699,16 @@ def test_200_bad_configurations_are_listed_whole():
            "source_token_budget": [0, 1.5], "learning_rte": [1], "blocksize": [1]}
     began = time.process_time()
     for _ in range(200):
-        overrides = {name: draw.choice(bad[name]) for name in draw.sample(sorted(bad), draw.randint(1, 6))}
+        overrides = {
+            name: draw.choice(bad[name]) for name in draw.sample(sorted(bad), draw.randint(1, 6))}
         with pytest.raises(su.ParameterError) as caught:
-            su.find_recipe(draw.choice(sorted(su.ALL_RECIPES)), draw.choice(["t4", "cpu"]), overrides)
+            su.find_recipe(
+                draw.choice(sorted(su.ALL_RECIPES)), draw.choice(["t4", "cpu"]), overrides)
         for name in overrides:
-            assert any(name in problem for problem in caught.value.problems), (name, overrides, caught.value.problems)
+            assert any(name in problem for problem in caught.value.problems), (
+                name,
+                overrides,
+                caught.value.problems)
         assert all(len(problem) < 300 and "\n" not in problem for problem in caught.value.problems)
     with pytest.raises(su.ParameterError, match="fp32_critical_first = 13 must be at most 12"):
         su.find_recipe("stentor2-12m", "t4", {"fp32_critical_first": 13})
@@ -705,12 +784,17 @@ def test_a_crafted_model_folder_is_refused(finished, tmp_path, attack, capfd):
     with pytest.raises(su.ParameterError) as caught:
         su.load_model(folder)
     assert not mark.exists(), "the payload was executed"
-    assert str(folder) in str(caught.value) and len(caught.value.problems) == 1 and len(str(caught.value)) < 500
-    assert time.process_time() - began < 60           # of the CPU, not of the clock: a second where nothing is wrong
+    assert (
+        str(folder) in str(caught.value)
+        and len(caught.value.problems) == 1
+        and len(str(caught.value)) < 500)
+    # of the CPU, not of the clock: a second where nothing is wrong
+    assert time.process_time() - began < 60
 
 
 def test_the_payload_is_a_real_one_and_a_sound_folder_loads(finished, tmp_path):
-    """What the attacks carry does execute where it is unpickled; beside sound weights it is not even opened."""
+    """What the attacks carry does execute where it is unpickled; beside sound weights it is not
+    even opened."""
     import shutil
     mark = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(mark), 2))
@@ -731,15 +815,20 @@ def test_a_crafted_tokenizer_folder_executes_nothing(tiny, tmp_path, attack):
     if attack == "code in auto_map":                  # the folder's own copy of our file replaced
         (folder / "tokenmonster_hf.py").write_text(evil)
         (folder / "evil.py").write_text(evil + "class T: pass\n")
-        change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T")
+        change(
+            folder / "tokenizer_config.json",
+            auto_map={"AutoTokenizer": ["evil.T", None]},
+            tokenizer_class="T")
         assert len(su.load_tokenizer(folder)) == len(tiny.tokenizer)
-        (folder / "tokenmonster.vocab").unlink()      # no longer ours: transformers' own classes or nothing
+        # no longer ours: transformers' own classes or nothing
+        (folder / "tokenmonster.vocab").unlink()
         with pytest.raises(Exception):
             su.load_tokenizer(folder)
     elif attack == "template":
         tokenizer = su.load_tokenizer(folder)
-        tokenizer.chat_template = ("{{ ''.__class__.__mro__[1].__subclasses__() }}"
-                                   "{{ cycler.__init__.__globals__.os.system('touch " + str(mark) + "') }}")
+        tokenizer.chat_template = (
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+            "{{ cycler.__init__.__globals__.os.system('touch " + str(mark) + "') }}")
         with pytest.raises(Exception, match="(?i)unsafe|undefined|access"):
             tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
     else:
@@ -776,8 +865,10 @@ def test_a_crafted_checkpoint_with_matching_hashes_is_refused(finished, tmp_path
             if "/" not in name:
                 (folder / name).write_bytes(data)
             if name != "manifest.json":
-                manifest[name] = {"sha256": hashlib.sha256(Path(folder / name).read_bytes() if Path(folder / name).exists()
-                                                           else data).hexdigest()}
+                manifest[name] = {
+                    "sha256": hashlib.sha256(
+                        Path(folder / name).read_bytes() if Path(folder / name).exists() else data
+                    ).hexdigest()}
                 (folder / "manifest.json").write_text(json.dumps(manifest))
     said = []
     with pytest.raises(su.CheckpointError, match="no checkpoint under"):
@@ -809,7 +900,8 @@ def test_nothing_in_the_suite_loads_pickles_or_foreign_code():
                            ("f(trust_remote_code=flag)", "trust_remote_code"), ("eval(text)", "eval")):
         assert any(found in problem for problem in lint.unsafe(planted, "x")), planted
     token = "hf_" + "aB3" * 9                         # made up, and here in two halves
-    assert lint.secret_kinds(f"token = '{token}'") and not lint.secret_kinds("hf_hub_download_and_something_long")
+    assert lint.secret_kinds(f"token = '{token}'") and not lint.secret_kinds(
+        "hf_hub_download_and_something_long")
 
 
 # --- secrets
@@ -850,7 +942,8 @@ def test_a_secret_is_not_repeated(place, monkeypatch):
 
 
 def test_no_secret_in_anything_a_run_writes(tiny, micro, tmp_path, monkeypatch, capfd):
-    """Canaries in the environment, a parameter, a URL and an exception of the training process; all that is written is read."""
+    """Canaries in the environment, a parameter, a URL and an exception of the training process;
+    all that is written is read."""
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GH_TOKEN")
     canaries = {name: f"{name}-{CANARY}" for name in names} | {"parameter": HF}
     for name in names:
@@ -864,12 +957,14 @@ def test_no_secret_in_anything_a_run_writes(tiny, micro, tmp_path, monkeypatch, 
     broken = tmp_path / "broken"
     broken.mkdir()
     manifest = json.loads((tiny.store_dir / "manifest.json").read_text())
-    manifest["sources"]["topics"]["shards"][0]["file"] = f"https://u:{HF}@host/{canaries['KAGGLE_KEY']}"
+    manifest["sources"]["topics"]["shards"][0]["file"] = (
+        f"https://u:{HF}@host/{canaries['KAGGLE_KEY']}")
     (broken / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(su.TrainingFailed) as failed:
         su.launch(micro, broken, tiny.tokenizer_dir, outputs / "failed", say=log.append)
     assert "FileNotFoundError" in str(failed.value) and "[secret]" in str(failed.value)
-    # 3. parameters that would be kept in clear are refused before anything is written, by launch and by the runner
+    # 3. parameters that would be kept in clear are refused before anything is written, by launch
+    # and by the runner
     with pytest.raises(su.ParameterError, match="tokenizer_dir holds what looks like a secret"):
         su.launch(micro, tiny.store_dir, f"https://u:{HF}@host/tokenizer", outputs / "refused", say=log.append)
     done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "02_pretrain_t4", "-p", f"TOKENIZER=https://u:{HF}@host/t",
@@ -887,9 +982,11 @@ def test_no_secret_in_anything_a_run_writes(tiny, micro, tmp_path, monkeypatch, 
 
 
 def test_resuming_reads_nothing_of_what_went_before(tiny, micro, tmp_path):
-    """At 10, 50 and 90% of a run: before the second step is begun, the batch of the first has been read and no other."""
+    """At 10, 50 and 90% of a run: before the second step is begun, the batch of the first has been
+    read and no other."""
     for percent in (10, 50, 90):
-        recipe = dataclasses.replace(micro, token_budget=100 * 4 * 16, eval_steps=1000, best_eval_steps=1000)
+        recipe = dataclasses.replace(
+            micro, token_budget=100 * 4 * 16, eval_steps=1000, best_eval_steps=1000)
         with pytest.raises(KeyboardInterrupt):
             train(tiny, recipe, tmp_path / str(percent), store=Wrapped(tiny, recipe, lambda step, batch: (
                 os.kill(os.getpid(), signal.SIGINT) if step == percent else None, batch)[1]))

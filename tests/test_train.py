@@ -28,13 +28,17 @@ def without_clock(data: bytes) -> list:
 
 
 def same_run(a: Path, b: Path) -> None:
-    """Weights, optimiser and metrics of two finished runs are equal, bit for bit; only clocks differ."""
+    """Weights, optimiser and metrics of two finished runs are equal, bit for bit; only clocks
+    differ."""
     names = ("final/model.safetensors", "best/model.safetensors", "training_curves.csv")
     newest = su.checkpoint_folders(a)[-1].name
     for name in (*names, f"checkpoints/{newest}/model.safetensors", f"checkpoints/{newest}/optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    assert without_clock((a / "metrics.jsonl").read_bytes()) == without_clock((b / "metrics.jsonl").read_bytes())
-    states = [json.loads((folder / "checkpoints" / newest / "state.json").read_text()) for folder in (a, b)]
+    assert without_clock((a / "metrics.jsonl").read_bytes()) == without_clock(
+        (b / "metrics.jsonl").read_bytes())
+    states = [
+        json.loads((folder / "checkpoints" / newest / "state.json").read_text())
+        for folder in (a, b)]
     for state in states:
         del state["seconds"]
     assert states[0] == states[1]
@@ -44,8 +48,12 @@ def same_run(a: Path, b: Path) -> None:
 def whole(tiny, tmp_path_factory):
     """A run of the tiny recipe left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    summary = su.train(tiny.recipe, su.TokenStore(tiny.store_dir, tiny.recipe), folder, tokenizer=tiny.tokenizer,
-                       say=lambda text: None)
+    summary = su.train(
+        tiny.recipe,
+        su.TokenStore(tiny.store_dir, tiny.recipe),
+        folder,
+        tokenizer=tiny.tokenizer,
+        say=lambda text: None)
     return folder, summary
 
 
@@ -54,10 +62,12 @@ def test_a_run_leaves_what_it_promises(tiny, whole):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 8, 16, 24]
-    assert losses[0] == pytest.approx(np.log(tiny.recipe.shape.vocab_size), abs=0.15)       # knows nothing at first
+    # knows nothing at first
+    assert losses[0] == pytest.approx(np.log(tiny.recipe.shape.vocab_size), abs=0.15)
     assert losses[-1] < losses[0] - 0.5
     assert summary["tokens"] == tiny.recipe.total_tokens == 24 * 8 * 64
-    assert summary["eval_loss"] == pytest.approx(losses[-1], abs=1e-5)                      # read back from final/
+    # read back from final/
+    assert summary["eval_loss"] == pytest.approx(losses[-1], abs=1e-5)
     assert summary["bits_per_byte"] < 8
     header, *lines = (folder / "training_curves.csv").read_text().splitlines()
     assert header == "step,epoch,train_loss,eval_loss,eval_ppl,note"
@@ -67,7 +77,8 @@ def test_a_run_leaves_what_it_promises(tiny, whole):
 
 
 def test_final_folder_loads_where_there_is_only_transformers(tiny, whole, tmp_path):
-    """A new process, outside the repository, without numba: the same loss on the validation text within 1e-4."""
+    """A new process, outside the repository, without numba: the same loss on the validation text
+    within 1e-4."""
     folder, summary = whole
     texts = [su.clean_text(value) for value, _ in su.documents(tiny.source)][:4]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
@@ -92,9 +103,14 @@ out = model.generate(torch.tensor([ids[:5]]), max_new_tokens=5, do_sample=False)
 print(json.dumps({"loss": total / (len(ids) - 1), "generated": out.shape[1], "modules": "stentor_utils" in sys.modules,
                   "text": tokenizer.decode(out[0])}))
 """)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run([sys.executable, "check.py", folder / "final", str(tiny.recipe.block_size)], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "check.py", folder / "final", str(tiny.recipe.block_size)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loss"] == pytest.approx(summary["eval_loss"], abs=1e-4)
@@ -112,10 +128,15 @@ def test_the_weights_are_a_stock_llama(whole):
 
 
 def child(tiny, run_dir, recipe=None, kill=(), **env):
-    """Start the run in a process of its own, as `launch` does; kill: (line, calls) of kill_here.train."""
+    """Start the run in a process of its own, as `launch` does; kill: (line, calls) of
+    kill_here.train."""
     run_dir.mkdir(exist_ok=True)
-    (run_dir / "run.json").write_text(json.dumps({"recipe": (recipe or tiny.recipe).to_dict(), "store": str(tiny.store_dir),
-                                                  "tokenizer": str(tiny.tokenizer_dir)}))
+    (run_dir / "run.json").write_text(
+        json.dumps(
+            {
+                "recipe": (recipe or tiny.recipe).to_dict(),
+                "store": str(tiny.store_dir),
+                "tokenizer": str(tiny.tokenizer_dir)}))
     command = ["tests/kill_here.py", str(run_dir / "run.json"), *map(str, kill)] if kill else [
         "-m", "stentor_utils", "train", str(run_dir / "run.json")]
     return subprocess.Popen([sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -123,7 +144,8 @@ def child(tiny, run_dir, recipe=None, kill=(), **env):
 
 
 def test_kill_9_in_the_middle_ends_with_the_same_bits(tiny, whole, tmp_path):
-    """kill -9 at a random place in the first steps and in two saves and evaluations, then left to finish: the same bytes.
+    """kill -9 at a random place in the first steps and in two saves and evaluations, then left to
+    finish: the same bytes.
 
     A step of this run makes 10,000 calls, a save with the evaluation after it 80,000.
     """
@@ -134,7 +156,8 @@ def test_kill_9_in_the_middle_ends_with_the_same_bits(tiny, whole, tmp_path):
         assert process.returncode == -signal.SIGKILL and wanted in log, log[-2000:]
     log = child(tiny, run_dir).communicate()[0]
     assert "going on from step 8 of 24" in log or "going on from step 16 of 24" in log, log[-2000:]
-    # the process's thread count and allocator may differ from this one's: compare with a run started the same way
+    # the process's thread count and allocator may differ from this one's: compare with a run
+    # started the same way
     alone = tmp_path / "alone"
     assert child(tiny, alone).wait() == 0
     same_run(alone, run_dir)
@@ -154,7 +177,8 @@ def test_sigterm_saves_and_goes_on(tiny, tmp_path):
     stopped = int(su.checkpoint_folders(tmp_path / "run")[-1].name[5:])
     assert 3 <= stopped < steps
     process = child(tiny, tmp_path / "run", recipe)
-    assert any(f"going on from step {stopped} of 100,000" in line for line in process.stdout)       # to its end if it is not
+    # to its end if it is not
+    assert any(f"going on from step {stopped} of 100,000" in line for line in process.stdout)
     process.kill()
     process.wait()
 
@@ -189,7 +213,9 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, whole):
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, name, damage):
     for step in (1, 2):
-        tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w.exp_avg": torch.zeros(3)}}
+        tensors = {
+            "model": {"w": torch.full((3,), float(step))},
+            "optimizer": {"w.exp_avg": torch.zeros(3)}}
         su.save_checkpoint(tmp_path, step, tensors, {"step": step})
     path = tmp_path / "checkpoints" / "step-00000002" / name
     data = bytearray(path.read_bytes())
@@ -215,7 +241,8 @@ def test_only_damaged_checkpoints_stop_loudly(tmp_path):
 
 def test_gradient_accumulation_does_not_change_the_run(tiny, whole, tmp_path):
     """Four micro-batches of 2 instead of two of 4: the same global batch, the same loss curve."""
-    recipe = dataclasses.replace(tiny.recipe, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    recipe = dataclasses.replace(
+        tiny.recipe, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     summary = su.train(recipe, su.TokenStore(tiny.store_dir, recipe), tmp_path, tokenizer=tiny.tokenizer, say=lambda text: None)
     assert summary["eval_loss"] == pytest.approx(whole[1]["eval_loss"], rel=1e-5)
 
@@ -227,15 +254,21 @@ def test_two_processes_give_the_run_of_one(tiny, tmp_path):
                           say=lambda text: None) for n in (1, 2))
     assert (one["processes"], two["processes"], two["steps"]) == (1, 2, 50)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
-    first, second = (without_clock((tmp_path / str(n) / "metrics.jsonl").read_bytes()) for n in (1, 2))
+    first, second = (
+        without_clock((tmp_path / str(n) / "metrics.jsonl").read_bytes()) for n in (1, 2))
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
 
 
 def test_an_infinite_gradient_on_one_process_skips_the_step_on_all(tiny, tmp_path):
-    """Process 1 alone gets an inf into its gradient at the third step: both must skip it, or their weights part."""
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
-                                                   "tokenizer": str(tiny.tokenizer_dir)}))
+    """Process 1 alone gets an inf into its gradient at the third step: both must skip it, or their
+    weights part."""
+    (tmp_path / "run.json").write_text(
+        json.dumps(
+            {
+                "recipe": tiny.recipe.to_dict(),
+                "store": str(tiny.store_dir),
+                "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
 import os, sys, torch
 import stentor.commands
@@ -260,14 +293,18 @@ sys.exit(stentor.commands.main(["train", sys.argv[1]]))
 
 
 def test_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(tiny, tmp_path):
-    """torch_compile with INT8 (stochastic rounding) and checkpointed layers, stopped after step 8 and gone on with."""
+    """torch_compile with INT8 (stochastic rounding) and checkpointed layers, stopped after step 8
+    and gone on with."""
     recipe = dataclasses.replace(tiny.recipe, token_budget=16 * 8 * 64, logging_steps=1, int8_qat=True, torch_compile=True,
                                  gradient_checkpointing=True, fp32_critical_first=1, attn_implementation="eager")
 
     def run(name, say=lambda text: None, **changes):
         changed = dataclasses.replace(recipe, **changes)
         su.train(changed, su.TokenStore(tiny.store_dir, changed), tmp_path / name, tokenizer=tiny.tokenizer, say=say)
-        return [row["loss"] for row in without_clock((tmp_path / name / "metrics.jsonl").read_bytes()) if "loss" in row]
+        return [
+            row["loss"]
+            for row in without_clock((tmp_path / name / "metrics.jsonl").read_bytes())
+            if "loss" in row]
 
     def stop_after_8(line):
         if line.startswith("step      8/"):
@@ -275,20 +312,25 @@ def test_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(tin
     torch._dynamo.utils.counters.clear()
     compiled = run("compiled")
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 3, counters["stats"]     # the critical layer, the other two, the loss
+    # the critical layer, the other two, the loss
+    assert counters["stats"]["unique_graphs"] == 3, counters["stats"]
     assert not counters["graph_break"]
     with pytest.raises(SystemExit):
         run("resumed", say=stop_after_8)
     run("resumed")
     same_run(tmp_path / "compiled", tmp_path / "resumed")
     eager = run("eager", torch_compile=False)
-    assert compiled == pytest.approx(eager, rel=2e-3) and eager[-1] < eager[0] - 0.1      # rounded by other random numbers
-    names = [set(su.load_model(tmp_path / name / "final").state_dict()) for name in ("compiled", "eager")]
+    # rounded by other random numbers
+    assert compiled == pytest.approx(eager, rel=2e-3) and eager[-1] < eager[0] - 0.1
+    names = [
+        set(su.load_model(tmp_path / name / "final").state_dict())
+        for name in ("compiled", "eager")]
     assert names[0] == names[1]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_run(tiny, whole, tmp_path, monkeypatch):
-    """A device that holds two sequences at a time: the loss curve is that of the run that held four."""
+    """A device that holds two sequences at a time: the loss curve is that of the run that held
+    four."""
     from transformers import LlamaModel
     forward = LlamaModel.forward
 
@@ -298,18 +340,28 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_run(tiny, whole, tmp
         return forward(self, input_ids=input_ids, **kwargs)
     monkeypatch.setattr(LlamaModel, "forward", small)
     said = []
-    summary = su.train(tiny.recipe, su.TokenStore(tiny.store_dir, tiny.recipe), tmp_path, tokenizer=tiny.tokenizer,
-                       say=said.append)
-    assert [line for line in said if "halved" in line] == ["out of memory: micro-batch halved to 2 sequences, the global "
-                                                           "batch stays"]
+    summary = su.train(
+        tiny.recipe,
+        su.TokenStore(tiny.store_dir, tiny.recipe),
+        tmp_path,
+        tokenizer=tiny.tokenizer,
+        say=said.append)
+    assert [line for line in said if "halved" in line] == [
+        "out of memory: micro-batch halved to 2 sequences, the global batch stays"]
     assert summary["eval_loss"] == pytest.approx(whole[1]["eval_loss"], rel=1e-5)
 
 
 def test_a_budget_checked_per_micro_batch_ends_inside_a_step(tiny, tmp_path):
     recipe = dataclasses.replace(tiny.recipe, budget_check="micro_batch", token_budget=9 * 4 * 64)
     store = su.TokenStore(tiny.store_dir, recipe)
-    assert recipe.total_steps == 5 and len(store.batch(4)["input_ids"]) == 4 and len(store.batch(3)["input_ids"]) == 8
-    assert su.train(recipe, store, tmp_path, tokenizer=tiny.tokenizer, say=lambda text: None)["tokens"] == 9 * 4 * 64
+    assert (
+        recipe.total_steps == 5
+        and len(store.batch(4)["input_ids"]) == 4
+        and len(store.batch(3)["input_ids"]) == 8)
+    assert (
+        su.train(recipe, store, tmp_path, tokenizer=tiny.tokenizer, say=lambda text: None)[
+            "tokens"]
+        == 9 * 4 * 64)
 
 
 def test_an_infinite_gradient_skips_the_step_and_not_the_schedule(tiny, tmp_path, monkeypatch):
@@ -323,8 +375,12 @@ def test_an_infinite_gradient_skips_the_step_and_not_the_schedule(tiny, tmp_path
         return clip(parameters, max_norm)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     said = []
-    summary = su.train(tiny.recipe, su.TokenStore(tiny.store_dir, tiny.recipe), tmp_path, tokenizer=tiny.tokenizer,
-                       say=said.append)
+    summary = su.train(
+        tiny.recipe,
+        su.TokenStore(tiny.store_dir, tiny.recipe),
+        tmp_path,
+        tokenizer=tiny.tokenizer,
+        say=said.append)
     assert summary["skipped_steps"] == 2 and sum("step skipped" in line for line in said) == 2
     state = json.loads((su.checkpoint_folders(tmp_path)[-1] / "state.json").read_text())
     assert state["updates"] == 22 and np.isfinite(summary["eval_loss"])
@@ -346,9 +402,15 @@ def test_2000_steps_of_fp16_stay_finite_and_near_fp32(tiny, tmp_path):
     for kind in ("no", "fp16"):
         recipe = dataclasses.replace(tiny.recipe, mixed_precision=kind, learning_rate=8e-4, eval_steps=500,
                                      token_budget=2000 * 8 * 64, best_eval_steps=500, logging_steps=50)
-        results[kind] = su.train(recipe, su.TokenStore(tiny.store_dir, recipe), tmp_path / kind, tokenizer=tiny.tokenizer,
-                                 say=lambda text: None)
-        rows = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
+        results[kind] = su.train(
+            recipe,
+            su.TokenStore(tiny.store_dir, recipe),
+            tmp_path / kind,
+            tokenizer=tiny.tokenizer,
+            say=lambda text: None)
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
         assert all(np.isfinite(row["loss"]) for row in rows)
     print({kind: (r["eval_loss"], r["skipped_steps"]) for kind, r in results.items()})
     assert results["fp16"]["eval_loss"] == pytest.approx(results["no"]["eval_loss"], rel=5e-3)
@@ -370,8 +432,10 @@ def test_evaluate_predicts_every_token_once(tiny, whole):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_chunked_loss_is_the_stock_loss(tiny, tied):
-    """Value and every gradient, with masked labels and a row count that is no multiple of the chunk."""
-    shape = dataclasses.replace(tiny.recipe.shape, tie_word_embeddings=tied, vocab_size=16_411)      # chunks of 256 rows
+    """Value and every gradient, with masked labels and a row count that is no multiple of the
+    chunk."""
+    # chunks of 256 rows
+    shape = dataclasses.replace(tiny.recipe.shape, tie_word_embeddings=tied, vocab_size=16_411)
     ids = torch.randint(0, shape.vocab_size, (5, 64), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[1] = labels[3, 10:40] = -100
@@ -384,7 +448,8 @@ def test_the_chunked_loss_is_the_stock_loss(tiny, tied):
         loss = model(input_ids=ids, labels=labels, num_items_in_batch=200).loss
         loss.backward()
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
-        assert torch.equal(model.eval()(ids).logits, su.build_model(shape, seed=3).eval()(ids).logits)
+        assert torch.equal(
+            model.eval()(ids).logits, su.build_model(shape, seed=3).eval()(ids).logits)
     (stock, stock_grads), no_logits, _, (ours, grads) = results[0], results[1], None, results[2]
     assert no_logits is None and ours == pytest.approx(stock, rel=1e-6)
     assert grads.keys() == stock_grads.keys()

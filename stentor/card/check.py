@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from stentor.card.facts import Facts, MARK, NUMBER, fill
-from stentor.card.sections import CHARTS, assumed_watts, card_template
+from stentor.card.scores import CHARTS
+from stentor.card.sections import assumed_watts, card_template
 from stentor.checkpoints import newest_state, recipe_differences
 from stentor.files import ParameterError, sha256, write_atomically
 from stentor.recipes import Recipe
@@ -22,36 +23,14 @@ from stentor.tokenizer import load_tokenizer, tokenizer_sha256
 
 # The only numbers that our own prose may hold: confidence level, counts in formulas, names. Whole
 # phrases, not digits.
-ALLOWED_PROSE = ("95% interval", "95% Wilson interval", "apache-2.0", "2 × hidden", "3 × hidden", "× (2 ×", "+ 2 ×", "× 3 ×",
-                 "× 2 ×", "FP32", "INT8", "/ 3,600,000", "UTF-8")
+ALLOWED_PROSE = (
+    "95% interval", "95% Wilson interval", "apache-2.0", "2 × hidden", "3 × hidden", "× (2 ×",
+    "+ 2 ×", "× 3 ×", "× 2 ×", "FP32", "INT8", "/ 3,600,000", "UTF-8")
 
 
-def description_problems(run_dir) -> list[str]:
-    """What in the files that describe a run is not of the run that its checkpoints hold, one
-    sentence each."""
-    run_dir = Path(run_dir)
-    state, facts = newest_state(run_dir), Facts(run_dir)
-    try:
-        different = recipe_differences(Recipe.from_dict(facts.read("run.json")["recipe"]), run_dir)
-    except (ParameterError, TypeError, KeyError, AttributeError):
-        different = []                                # not there, or of another version of the suite: shown as not measured
-    problems = [f"run.json is not of the run that was trained: {'; '.join(different)}. Launch the run with the checkpoint's "
-                "values again (what is done is not done again)."] if different else []
-    steps = facts.get("summary.json", "step"), state.get("step")
-    if all(type(step) is int for step in steps) and steps[0] > steps[1]:
-        problems.append(f"summary.json is of step {steps[0]:,}, the newest checkpoint of step {steps[1]:,}: another run has "
-                        "begun.")
-    trained = facts.get("tokens/manifest.json", "fingerprint", "tokenizer_sha256")
-    for name in ("tokenizer", "final"):
-        if trained and (run_dir / name / "tokenmonster.vocab").is_file():
-            found = tokenizer_sha256(load_tokenizer(run_dir / name))
-            if found != trained:
-                problems.append(f"{name}/ holds the tokenizer {found[:12]}, the tokens were made by {trained[:12]} (sha256).")
-    return problems
-
-
-def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = None, watts: float | None = None,
-                     license: str = "apache-2.0", language: str = "en") -> Path:
+def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = None,
+                     watts: float | None = None, license: str = "apache-2.0",
+                     language: str = "en") -> Path:
     """Write run_dir/final/README.md from the files of the run, and run_dir/model_card.json;
     returns the card's path.
 
@@ -63,12 +42,14 @@ def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = 
     """
     run_dir = Path(run_dir)
     if not (run_dir / "final" / "config.json").is_file():
-        raise ParameterError([f"{run_dir} has no final/config.json: train a model there first (notebook 02 or 03)."])
+        raise ParameterError([f"{run_dir} has no final/config.json: train a model there first "
+                              "(notebook 02 or 03)."])
     if problems := description_problems(run_dir):
         raise ParameterError(problems)
-    assumed, basis = assumed_watts(Facts(run_dir))
-    parameters = {"name": name or run_dir.resolve().name, "repo_id": repo_id or name or run_dir.resolve().name,
-                  "watts": watts if watts is not None else assumed, "watts_are": "as given" if watts is not None else basis,
+    name, basis = name or run_dir.resolve().name, "as given"
+    if watts is None:
+        watts, basis = assumed_watts(Facts(run_dir))
+    parameters = {"name": name, "repo_id": repo_id or name, "watts": watts, "watts_are": basis,
                   "license": license, "language": language, "written": time.strftime("%Y-%m-%d")}
     write_atomically(run_dir / "model_card.json", json.dumps({"parameters": parameters}, indent=1))
     facts = Facts(run_dir)
@@ -76,11 +57,12 @@ def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = 
     record = {"parameters": parameters, "inputs": inputs_of(facts),
               "figures": [dataclasses.asdict(figure) for figure in facts.figures]}
     write_atomically(run_dir / "model_card.json", json.dumps(record, indent=1, ensure_ascii=False))
-    (run_dir / "final" / "charts").mkdir(exist_ok=True)
-    for chart in CHARTS:
-        (run_dir / "final" / "charts" / f"{chart}.png").unlink(missing_ok=True)        # of an earlier card
-        if (run_dir / "charts" / f"{chart}.png").is_file():
-            shutil.copy(run_dir / "charts" / f"{chart}.png", run_dir / "final" / "charts" / f"{chart}.png")
+    shown = run_dir / "final" / "charts"
+    shown.mkdir(exist_ok=True)
+    for chart in (f"{chart}.png" for chart in CHARTS):
+        (shown / chart).unlink(missing_ok=True)       # of an earlier card
+        if (run_dir / "charts" / chart).is_file():
+            shutil.copy(run_dir / "charts" / chart, shown / chart)
     write_atomically(run_dir / "final" / "README.md", text)
     return run_dir / "final" / "README.md"
 
@@ -88,17 +70,11 @@ def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = 
 def inputs_of(facts: Facts) -> dict[str, str]:
     """{file: SHA-256} of every file that the card was made from, and of the weights that it
     describes."""
-    files = [file for file, content in facts.files.items() if content is not None and (facts.folder / file).is_file()]
-    weights = [f"final/{path.name}" for path in sorted((facts.folder / "final").glob("*.safetensors"))]
-    return {file: sha256(facts.folder / file) for file in [*sorted(files), *weights] if file != "model_card.json"}
-
-
-def typed_numbers(template: str) -> list[str]:
-    """Numbers in the card's own prose that ALLOWED_PROSE does not cover: figures with no file."""
-    prose = MARK.sub("\0", template)
-    for phrase in ALLOWED_PROSE:
-        prose = prose.replace(phrase, "\0")
-    return NUMBER.findall(prose)
+    files = [file for file, content in facts.files.items() if content is not None
+             and file != "model_card.json" and (facts.folder / file).is_file()]
+    weights = sorted((facts.folder / "final").glob("*.safetensors"))
+    return {file: sha256(facts.folder / file)
+            for file in [*sorted(files), *(f"final/{path.name}" for path in weights)]}
 
 
 def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
@@ -117,7 +93,8 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
         record = json.loads((run_dir / "model_card.json").read_text(encoding="utf-8"))
         inputs, recorded = dict(record["inputs"]), list(record["figures"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"final/README.md or model_card.json cannot be read ({type(error).__name__}: {error}): write the card again."]
+        return [f"final/README.md or model_card.json cannot be read ({type(error).__name__}: "
+                f"{error}): write the card again."]
     problems = description_problems(run_dir)
     for file, digest in inputs.items():
         if not (run_dir / file).is_file():
@@ -126,11 +103,31 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
             problems.append(f"{file} has changed since the card was written.")
     facts = Facts(run_dir)
     template = card_template(facts)
-    expected, spans = fill(template, facts.figures)
-    problems += [f"{number} stands in the suite's own prose and no file accounts for it." for number in typed_numbers(template)]
+    problems += [f"{number} stands in the suite's own prose and no file accounts for it."
+                 for number in typed_numbers(template)]
     if [dataclasses.asdict(figure) for figure in facts.figures] != recorded:
-        problems.append("model_card.json lists other figures than the files give now: write the card again.")
+        problems.append("model_card.json lists other figures than the files give now: write the "
+                        "card again.")
+    problems += number_problems(text, *fill(template, facts.figures), allow)
+    try:
+        if not ModelCard(text).data.to_dict().get("license"):
+            problems.append("the card's metadata names no license.")
+    except Exception as error:        # yaml's and huggingface_hub's errors have no common base
+        problems.append("huggingface_hub cannot parse the card's metadata: "
+                        f"{str(error).splitlines()[0]}.")
+    return problems
 
+
+def typed_numbers(template: str) -> list[str]:
+    """Numbers in the card's own prose that ALLOWED_PROSE does not cover: figures with no file."""
+    prose = MARK.sub("\0", template)
+    for phrase in ALLOWED_PROSE:
+        prose = prose.replace(phrase, "\0")
+    return NUMBER.findall(prose)
+
+
+def number_problems(text: str, expected: str, spans: list, allow: tuple[str, ...]) -> list[str]:
+    """Where the numbers of `text` are not those of `expected`, in order; spans: see `fill`."""
     found, wanted = list(NUMBER.finditer(text)), list(NUMBER.finditer(expected))
 
     def source(number):
@@ -141,19 +138,45 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
     def line(number):
         return text.count("\n", 0, number.start()) + 1
 
-    matcher = difflib.SequenceMatcher(None, [n.group() for n in found], [n.group() for n in wanted], autojunk=False)
+    problems = []
+    matcher = difflib.SequenceMatcher(
+        None, [n.group() for n in found], [n.group() for n in wanted], autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
         if kind == "equal":
             continue
         pairs = list(zip(found[a:b], wanted[c:d]))
-        problems += [f"line {line(one)}: {one.group()} in the card, {other.group()} in {source(other)}."
-                     for one, other in pairs if one.group() not in allow]
-        problems += [f"line {line(one)}: {one.group()} is in the card, and no file accounts for it there."
-                     for one in found[a + len(pairs):b] if one.group() not in allow]
-        problems += [f"{other.group()} in {source(other)} is missing from the card." for other in wanted[c + len(pairs):d]]
+        problems += [f"line {line(one)}: {one.group()} in the card, {other.group()} in "
+                     f"{source(other)}." for one, other in pairs if one.group() not in allow]
+        problems += [f"line {line(one)}: {one.group()} is in the card, and no file accounts for it "
+                     "there." for one in found[a + len(pairs):b] if one.group() not in allow]
+        problems += [f"{other.group()} in {source(other)} is missing from the card."
+                     for other in wanted[c + len(pairs):d]]
+    return problems
+
+
+def description_problems(run_dir) -> list[str]:
+    """What in the files that describe a run is not of the run that its checkpoints hold, one
+    sentence each."""
+    run_dir = Path(run_dir)
+    state, facts = newest_state(run_dir), Facts(run_dir)
     try:
-        if not ModelCard(text).data.to_dict().get("license"):
-            problems.append("the card's metadata names no license.")
-    except Exception as error:                        # yaml's own errors, and huggingface_hub's, have no common base
-        problems.append(f"huggingface_hub cannot parse the card's metadata: {str(error).splitlines()[0]}.")
+        different = recipe_differences(Recipe.from_dict(facts.read("run.json")["recipe"]), run_dir)
+    except (ParameterError, TypeError, KeyError, AttributeError):
+        different = []                # not there, or of another version: shown as not measured
+    problems = []
+    if different:
+        problems.append(f"run.json is not of the run that was trained: {'; '.join(different)}. "
+                        "Launch the run with the checkpoint's values again (what is done is not "
+                        "done again).")
+    steps = facts.get("summary.json", "step"), state.get("step")
+    if all(type(step) is int for step in steps) and steps[0] > steps[1]:
+        problems.append(f"summary.json is of step {steps[0]:,}, the newest checkpoint of step "
+                        f"{steps[1]:,}: another run has begun.")
+    trained = facts.get("tokens/manifest.json", "fingerprint", "tokenizer_sha256")
+    for name in ("tokenizer", "final"):
+        if trained and (run_dir / name / "tokenmonster.vocab").is_file():
+            found = tokenizer_sha256(load_tokenizer(run_dir / name))
+            if found != trained:
+                problems.append(f"{name}/ holds the tokenizer {found[:12]}, the tokens were made "
+                                f"by {trained[:12]} (sha256).")
     return problems

@@ -21,8 +21,6 @@ MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must
 NUMBER = re.compile(r"[\w+.,%-]*\d[\w+.,%-]*")
 
 
-# Values and where they come from.
-
 @dataclass(frozen=True)
 class Figure:
     """Something in the card that is not our prose: its text, the file it is from, and the place in
@@ -46,17 +44,16 @@ class Facts:
         """The parsed .json, .jsonl (list of rows) or .csv (list of dicts of text); None where it
         is not there or broken."""
         if file not in self.files:
-            path, content = self.folder / str(file), None
+            path, content = self.folder / file, None
             try:
-                if file is None:
-                    pass
-                elif file.startswith("published recipe "):       # not a file of the run: shown as published, see `show`
+                if file.startswith("published recipe "):     # not a file of the run
                     content = ALL_RECIPES[file.removeprefix("published recipe ")].to_dict()
                 elif file.endswith(".csv"):
                     with open(path, newline="", encoding="utf-8") as opened:
                         content = list(csv.DictReader(opened))
                 elif file.endswith(".jsonl"):
-                    content = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                    lines = path.read_text(encoding="utf-8").splitlines()
+                    content = [json.loads(line) for line in lines]
                 else:
                     content = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, KeyError):
@@ -73,7 +70,8 @@ class Facts:
                 value = value[key]
             except (KeyError, IndexError, TypeError):
                 return None
-        return None if value == "" or (isinstance(value, float) and not math.isfinite(value)) else value
+        strange = isinstance(value, float) and not math.isfinite(value)
+        return None if value == "" or strange else value
 
     def mark(self, text: str, file: str, path: str) -> str:
         self.figures.append(Figure(text, file, path))
@@ -143,7 +141,13 @@ def fill(text: str, figures: list[Figure]) -> tuple[str, list[tuple[int, int, Fi
     return "".join([*pieces, text[at:]]), spans
 
 
-# The card, section by section.
+# What several sections ask for.
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
 
 def own_recipe(facts: Facts) -> str | None:
     """The published recipe that the run's recipe comes from, as the name of a file of `Facts`;
