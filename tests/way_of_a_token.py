@@ -82,10 +82,11 @@ def page() -> str:
     assert order == list(WAY), f"called in this order: {order}"
     rows = [f"| {number} | `{name.partition(': ')[0]}` | `{name.partition(': ')[2]}` | {WAY[name]} |"
             for number, name in enumerate(order, 1)]
-    return "\n".join(["# The way of a token", "",
-                      "The functions that a document passes from its file to a checkpoint, in the order in which a run calls them",
-                      "(`python tests/way_of_a_token.py` writes this page; a test holds it).", "",
-                      "| | file | function | what happens |", "|---|---|---|---|", *rows, ""])
+    return "\n".join([
+        "# The way of a token", "",
+        "The functions that a document passes from its file to a checkpoint, in the order in which a run calls",
+        "them (`python tests/way_of_a_token.py` writes this page; a test holds it).", "",
+        "| | file | function | what happens |", "|---|---|---|---|", *rows, ""])
 
 
 if __name__ == "__main__":
