@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from stentor import charts as suite  # noqa: E402
 from stentor.statistics import wilson  # noqa: E402
 
-PUBLISHED = json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
+PUBLISHED = json.loads((ROOT / "data" / "published.json").read_text(encoding="utf-8"))
 CELLS = [cell for cell in json.loads((ROOT / "notebooks/06_charts.ipynb").read_text(encoding="utf-8"))["cells"]
          if cell["cell_type"] == "code"]
 
@@ -157,8 +157,8 @@ def figures(request, charts, outputs):
     drawn = charts_of(charts, charts["load_runs"]([outputs / name for name in request.param]))
     if len(request.param) == 1:
         assert "fewer than two" in drawn.pop("compute")
-        drawn["published"] = charts["draw_published"](ROOT / "published.json")
-        drawn["history"] = charts["draw_history"](ROOT / "published.json")
+        drawn["published"] = charts["draw_published"](ROOT / "data" / "published.json")
+        drawn["history"] = charts["draw_history"](ROOT / "data" / "published.json")
     canvases = {}
     for name, figure in drawn.items():
         assert not isinstance(figure, str), f"{name}: {figure}"
@@ -444,7 +444,7 @@ def test_parameter_bars_are_the_published_counts(charts, outputs):
 
 
 def test_published_curves_are_published_json(charts):
-    loss, perplexity = charts["draw_published"](ROOT / "published.json").axes
+    loss, perplexity = charts["draw_published"](ROOT / "data" / "published.json").axes
     for ax, key in ((loss, "eval_loss"), (perplexity, "eval_ppl")):
         assert "published" in ax.get_ylabel()
         lines = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
@@ -453,7 +453,7 @@ def test_published_curves_are_published_json(charts):
             steps = [point["step"] for point in curve["points"]]
             assert lines[name].get_xdata().tolist() == [step * curve["tokens_per_step"] for step in steps]
             assert lines[name].get_ydata().tolist() == [point[key] for point in curve["points"]]
-    history = charts["draw_history"](ROOT / "published.json")
+    history = charts["draw_history"](ROOT / "data" / "published.json")
     shown = " ".join(text.get_text() for ax in history.axes for text in ax.texts)
     for model in PUBLISHED["best"].values():
         assert model["title"] in shown and f"{model['perplexity']:.2f}" in shown
@@ -502,11 +502,11 @@ def test_one_model_has_one_colour(charts, outputs):
     assert len(named) > 10 and all(text.get_color() == colours[text.get_text().split(":")[0]] for text in named)
 
     expected = suite.MODEL_COLOURS
-    curves = charts["draw_published"](ROOT / "published.json")
+    curves = charts["draw_published"](ROOT / "data" / "published.json")
     assert all(line.get_color() == expected[line.get_label()]
                for ax in curves.axes for line in ax.lines if line.get_marker() == "o")
     title = {model["title"]: name for name, model in PUBLISHED["best"].items()}
-    for ax in charts["draw_history"](ROOT / "published.json").axes:
+    for ax in charts["draw_history"](ROOT / "data" / "published.json").axes:
         assert all(text.get_color() == expected[title[text.get_text().split("\n")[0]]] for text in ax.texts)
     for label in charts["draw_budget"](runs).axes[0].get_yticklabels():
         assert label.get_color() == (expected | colours)[label.get_text()]
