@@ -18,10 +18,10 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
     train launch        Run.train, the one loop; a process of its own for it
-    opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
+    opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
 """
