@@ -15,6 +15,7 @@ import stentor_utils as su
 
 WRITER = """
 import sys
+import stentor.files
 while True:
     stentor.files.write_atomically(sys.argv[1], bytes(20_000_000))
 """
@@ -28,6 +29,7 @@ def test_what_a_killed_writer_left_goes_at_the_next_write_and_a_live_ones_stays(
     for _ in range(20):                               # until a kill falls into a write: most do
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "big.bin")], cwd=REPO)
         while not temporaries(tmp_path):
+            assert process.poll() is None, "the writer did not begin"
             time.sleep(0.001)
         process.kill()
         process.wait()
@@ -141,14 +143,15 @@ def test_a_source_that_was_too_short_is_read_again_when_it_was_mended(tiny, tmp_
 
 HOMES = """
 import json, os, sys, tempfile
+import stentor.files
 import matplotlib, numba
 from huggingface_hub import constants
 from jupyter_core.paths import jupyter_runtime_dir
-from pathlib import Path
 import tokenmonster_hf as tm
 v = tm.Vocabulary.from_tokens([b" the"], capcode=0, include="all256")
 assert v.decode(v.encode(" the end")) == " the end"
-for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir(), stentor.files.cache_folder()):
+for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir(),
+               stentor.files.cache_folder()):
     os.makedirs(folder, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     print(folder)
