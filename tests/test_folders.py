@@ -28,9 +28,9 @@ def temporaries(folder):
 def test_what_a_killed_writer_left_goes_at_the_next_write_and_a_live_ones_stays(tmp_path):
     for _ in range(20):                               # until a kill falls into a write: most do
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "big.bin")], cwd=REPO)
-        while not temporaries(tmp_path) and process.poll() is None:
+        while not temporaries(tmp_path):
+            assert process.poll() is None, "the writer did not begin"
             time.sleep(0.001)
-        assert process.poll() is None
         process.kill()
         process.wait()
         if left := temporaries(tmp_path):
@@ -147,11 +147,11 @@ import stentor.files
 import matplotlib, numba
 from huggingface_hub import constants
 from jupyter_core.paths import jupyter_runtime_dir
-from pathlib import Path
 import tokenmonster_hf as tm
 v = tm.Vocabulary.from_tokens([b" the"], capcode=0, include="all256")
 assert v.decode(v.encode(" the end")) == " the end"
-for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir(), stentor.files.cache_folder()):
+for folder in (constants.HF_HOME, jupyter_runtime_dir(), matplotlib.get_cachedir(),
+               stentor.files.cache_folder()):
     os.makedirs(folder, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     print(folder)
