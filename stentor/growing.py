@@ -5,6 +5,7 @@ whole source, so the order is known before the text is.
 """
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -53,8 +54,17 @@ def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int,
         fcntl.flock(lock, fcntl.LOCK_EX)              # a worker of a killed run may be in its last shard
         prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted}, shard_tokens=shard_tokens,
                        validation_documents=recipe.max_eval_samples, after_shard=wait_for_the_reader,
-                       beside=[other for other in recipe.sources if other.name in set(source_names(recipe)) - {name}],
+                       beside=[_as_filled(other, store_dir) for other in recipe.sources
+                               if other.name in set(source_names(recipe)) - {name}],
                        progress=lambda text: None)
+
+
+def _as_filled(source, store_dir):
+    """A source at the commit that its own folder was begun with, whatever its revision names now."""
+    path = Path(store_dir) / source.name / "manifest.json"
+    entries = json.loads(path.read_text())["sources"] if path.exists() else {}
+    commit = entries.get(source.name, {}).get("revision")
+    return dataclasses.replace(source, revision=commit) if commit else source
 
 
 def shard_being_read(folder) -> int:
