@@ -681,13 +681,17 @@ def test_two_processes_give_the_scores_of_one(ours, english, tmp_path):
 def test_a_failing_block_does_not_cost_the_others(ours, english, tmp_path):
     write_jsonl(tmp_path / "good" / "a.jsonl", hellaswag_items(english, 3))
     write_jsonl(tmp_path / "bad" / "a.jsonl", [{"nothing": 1}])
-    config = {"models": {"m": str(ours.folder)}, "dtype": "float32", "blocks": {
-        name: {"title": name, "local": str(tmp_path / name)} for name in ("bad", "good")}}
+    secret = "hf_" + "x" * 30
+    config = {"models": {"m": str(ours.folder), "peer": f"{tmp_path}/{secret}"}, "dtype": "float32",
+              "blocks": {name: {"title": name, "local": str(tmp_path / name)} for name in ("bad", "good")}}
     (tmp_path / "bad" / "b.jsonl.gz").write_bytes(b"")
     assert "b.jsonl.gz cannot be read" in benchmark.tasks.local_problems(tmp_path / "bad")[1]
     (tmp_path / "out").mkdir()
-    summary = benchmark.run.run(config, tmp_path / "out", say=lambda text: None)
-    blocks = summary["models"]["m"]["blocks"]
+    said = []
+    summary = benchmark.run.run(config, tmp_path / "out", say=said.append)
+    blocks, error = summary["models"]["m"]["blocks"], summary["models"]["peer"]["error"]
+    assert "[secret]" in error and secret not in error and secret not in "".join(said)
+    assert any(line.startswith("peer | not loaded: ") for line in said)
     assert blocks["bad"]["status"] == "failed" and "columns are nothing" in blocks["bad"]["error"]
     assert blocks["good"]["status"] == "ok" and json.loads((tmp_path / "out/run_summary.json").read_text()) == summary
 

@@ -130,7 +130,7 @@ class Benchmark:
                 raise
             models[name] = {"path": path, "error": sentence(error)[:500], "blocks": {}}
             self.say(f"{name} | not loaded: {sentence(error)}")
-            return
+            return self.write_summary()
         rank, say = self.processes.rank, self.say if self.processes.rank == 0 else None
         lm = StentorLM(model, tokenizer, cache=self.cache, rank=rank,
                        world_size=self.processes.count, barrier=self.processes.wait, say=say,
@@ -140,10 +140,13 @@ class Benchmark:
         for block_name, block in self.config["blocks"].items():
             target = self.folder / name / f"{block_name}.json"
             models[name]["blocks"][block_name] = self.score_block(lm, name, block, target)
-            if rank == 0:
-                summary = json.dumps(self.summary, indent=1)
-                write_atomically(self.folder / "run_summary.json", summary)
+            self.write_summary()
             self.processes.wait()
+
+    def write_summary(self) -> None:
+        if self.processes.rank == 0:
+            summary = json.dumps(self.summary, indent=1)
+            write_atomically(self.folder / "run_summary.json", summary)
 
     def score_block(self, lm: StentorLM, name: str, block: dict, target: Path) -> dict:
         """Score one block of one model, kept in `target`. Returns its entry in the summary."""
