@@ -309,7 +309,7 @@ def test_a_tokenizer_of_more_tokens_than_rows_is_refused(tiny, tmp_path):
     small = su.build_model(dataclasses.replace(tiny.recipe.shape, vocab_size=64))
     for call in (lambda: su.save_model_folder(small, tiny.tokenizer, tmp_path / "final"),
                  lambda: su.generate(small, tiny.tokenizer, ["x"])):
-        with pytest.raises(su.ParameterError, match="the model only vocab_size = 64"):
+        with pytest.raises(su.ParameterError, match="the model has only vocab_size = 64"):
             call()
     assert not list(tmp_path.iterdir())
 
