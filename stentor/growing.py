@@ -51,16 +51,16 @@ def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int,
         if os.getppid() != parent:
             raise SystemExit(0)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)              # a worker of a killed run may be in its last shard
-        prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted}, shard_tokens=shard_tokens,
-                       validation_documents=recipe.max_eval_samples, after_shard=wait_for_the_reader,
+        fcntl.flock(lock, fcntl.LOCK_EX)       # a killed run's worker may be in its last shard
+        prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted},
+                       validation_documents=recipe.max_eval_samples, shard_tokens=shard_tokens,
                        beside=[_as_filled(other, store_dir) for other in recipe.sources
                                if other.name in set(source_names(recipe)) - {name}],
-                       progress=lambda text: None)
+                       after_shard=wait_for_the_reader, progress=lambda text: None)
 
 
 def _as_filled(source, store_dir):
-    """A source at the commit that its own folder was begun with, whatever its revision names now."""
+    """A source at the commit that its own folder was begun with, whatever its revision is now."""
     path = Path(store_dir) / source.name / "manifest.json"
     entries = json.loads(path.read_text())["sources"] if path.exists() else {}
     commit = entries.get(source.name, {}).get("revision")
