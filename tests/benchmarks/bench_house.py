@@ -46,8 +46,9 @@ def main() -> None:
                 for name, tree in trees.items():
                     figures[name].append(measure(tree, code))
             ratios = [new / old for old, new in zip(figures[commit], figures["now"])]
-            print(f"{title}: " + ", ".join(f"{name} {statistics.median(values):,.2f} {unit}" for name, values in figures.items())
-                  + f"; now / {commit}: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, "
+            medians = [f"{name} {statistics.median(values):,.2f} {unit}" for name, values in figures.items()]
+            print(f"{title}: {', '.join(medians)}; "
+                  f"now / {commit}: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, "
                   f"{rounds} rounds)", flush=True)
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
