@@ -186,21 +186,12 @@ def adopt(run_dir, inputs=None, recipe: Recipe | None = None, say=print, leave=(
     store, metrics, models and whatever else stands in it; `leave` names folders, such as "tokens",
     that are not wanted. Killed at any instant, the same call goes on: files are copied aside, then
     moved in, what decides last. A run_dir that is as far keeps all its own.
-    A run of another recipe, or with another tokenizer than run_dir has, is left alone and said so; if
-    it has run_dir's very name and no other fits, CheckpointError is raised: it was meant.
-    Raises ParameterError where run_dir is in use or has no room. Nothing to take: nothing is made.
+    Raises as `attached_runs` does, and ParameterError where run_dir is in use or has no room. Where
+    there is nothing to take, nothing is made.
     """
     run_dir = Path(os.path.abspath(run_dir))
-    runs, refused = _candidates(run_dir, find_inputs() if inputs is None else inputs, recipe)
-    here = progress(run_dir)[:4]
-    for run, wrong in refused.items():
-        if run.name == run_dir.name and newest_state(run) and not runs and here[1] < 0:
-            raise CheckpointError(
-                f"{run}, an attached run, is not this one: {wrong}. Choose another RUN, detach that "
-                "input, or set the parameters as they were.")
-        say(f"attached, but not taken: {run} ({wrong})")
-    for run in runs:
-        if progress(run)[:4] <= here:
+    for run in attached_runs(run_dir, inputs, recipe, say):
+        if progress(run)[:4] <= progress(run_dir)[:4]:
             _remove(run_dir / ".adopting")
             say(f"{run_dir} is as far as the attached {run}: nothing is taken from there")
             break
@@ -210,13 +201,18 @@ def adopt(run_dir, inputs=None, recipe: Recipe | None = None, say=print, leave=(
                      else "not trained yet")
             say(f"taken from {run}: a run that is {state}")
             return Adopted(run, finished, step)
-    return Adopted(None, *here[:2])
+    return Adopted(None, *progress(run_dir)[:2])
 
 
-def _candidates(run_dir: Path, inputs, recipe: Recipe | None) -> tuple[list[Path], dict[Path, str]]:
-    """(attached runs that may be this one, the furthest first; {run: why it may not})."""
-    runs, refused = [], {}
-    for run in find_runs(inputs):
+def attached_runs(run_dir, inputs=None, recipe: Recipe | None = None, say=print) -> list[Path]:
+    """The attached runs that may be this one, the furthest first; nothing is written.
+
+    Without a recipe any may be, and those of run_dir's name come first. One of another recipe, or
+    with another tokenizer than run_dir has, is named and left out; if it has run_dir's very name and
+    checkpoints, and no other fits, it was meant: that raises CheckpointError.
+    """
+    run_dir, runs, refused = Path(os.path.abspath(run_dir)), [], {}
+    for run in find_runs(find_inputs() if inputs is None else inputs):
         if os.path.realpath(run) == os.path.realpath(run_dir):
             continue
         wrong = recipe and another_recipe(run, recipe) or _other_tokenizer(run, run_dir)
@@ -224,10 +220,16 @@ def _candidates(run_dir: Path, inputs, recipe: Recipe | None) -> tuple[list[Path
             refused[run] = wrong
         else:
             runs.append(run)
+    for run, wrong in refused.items():
+        if run.name == run_dir.name and newest_state(run) and not runs and not newest_state(run_dir):
+            raise CheckpointError(
+                f"{run}, an attached run, is not this one: {wrong}. Choose another RUN, detach that "
+                "input, or set the parameters as they were.")
+        say(f"attached, but not taken: {run} ({wrong})")
 
     def furthest(run: Path) -> tuple:
         return (recipe is not None or run.name == run_dir.name, progress(run))
-    return sorted(runs, key=furthest, reverse=True), refused
+    return sorted(runs, key=furthest, reverse=True)
 
 
 def _other_tokenizer(run: Path, run_dir: Path) -> str | None:
