@@ -226,6 +226,7 @@ def test_links_in_an_attached_run_are_not_followed(runs, tmp_path):
 
 KILLED = """
 import json, os, shutil, sys
+from pathlib import Path
 from stentor import checkpoints, kaggle
 from stentor.recipes import Recipe
 run_dir, older, attached, recipe = *map(Path, sys.argv[1:4]), Recipe.from_dict(json.loads(sys.argv[4]))
@@ -385,6 +386,7 @@ def test_the_table_has_every_notebook_and_each_carries_its_metadata():
 
 WRITES = """
 import json, sys
+from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
 for cell in json.loads(Path(sys.argv[1]).read_text())["cells"]:
