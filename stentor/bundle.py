@@ -10,7 +10,7 @@ anything is installed.
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
 import re
 import shutil
@@ -49,10 +49,10 @@ def commit() -> str:
     """The commit that is checked out, and whether files differ from it."""
     def git(*words):
         return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout
-    head = git("rev-parse", "--short=12", "HEAD").strip()
-    if not head:
-        return "unknown"
-    return head + " with changes" * bool(git("status", "--porcelain").strip())
+    with contextlib.suppress(FileNotFoundError):      # no git
+        if head := git("rev-parse", "--short=12", "HEAD").strip():
+            return head + " with changes" * bool(git("status", "--porcelain").strip())
+    return "unknown"
 
 
 def kaggle_metadata(name: str) -> dict:
@@ -68,6 +68,7 @@ def set_metadata(path) -> None:
     notebook = json.loads(Path(path).read_text(encoding="utf-8"))
     notebook["metadata"]["kaggle"] = kaggle_metadata(Path(path).stem)
     for cell in notebook["cells"]:
+        cell["metadata"].pop("_kg_hide-input", None)
         if "functions" in cell["metadata"].get("tags", []):
             cell["metadata"] = {"_kg_hide-input": True, **cell["metadata"]}
     notebook["metadata"] = dict(sorted(notebook["metadata"].items()))
@@ -88,18 +89,20 @@ def carried(name: str) -> list[str]:
 def build_notebook(path, out) -> int:
     """Write the notebook at `path` to `out` with all that it imports and reads inside; its bytes.
 
-    Each file is a collapsed cell that writes it beside the notebook (%%writefile), ahead of the cell
-    that imports stentor_utils. Raises ValueError where that is more than Kaggle takes.
+    Each file is a collapsed cell that writes it beside the notebook (%%writefile, or `_write_rows`),
+    ahead of the cell that imports stentor_utils. Raises ValueError where that is more than Kaggle takes.
     """
     path, out = Path(path), Path(out)
     notebook = json.loads(path.read_text(encoding="utf-8"))
     files = carried(path.stem)
-    cells = [copy.deepcopy(cell) for cell in notebook["cells"]]
+    cells = notebook["cells"]
+    for cell in cells:
+        cell["source"] = "".join(cell["source"])      # one text: a list of lines takes more bytes
     place = next(i for i, cell in enumerate(cells) if cell.get("id") == "bootstrap")
     if place and cells[place - 1]["cell_type"] == "markdown":
         place -= 1
     version, address = project()
-    cells[0]["source"] = _text(cells[0]) + (
+    cells[0]["source"] += (
         f"\n\n*Self-contained: built by `make kaggle` from version {version}, commit {commit()}"
         + (f", of {address}" if address else "") + ". Nothing needs to be attached.*")
     about = (f"## The helper\n\nThe next {len(files) + 1} cells write what this notebook imports and "
@@ -108,18 +111,12 @@ def build_notebook(path, out) -> int:
                          _cell("helper-folders", _folders_source(files) + ROWS),
                          *(_writing(name) for name in files), *cells[place:]]
     notebook["metadata"] = {**notebook["metadata"], "kaggle": kaggle_metadata(path.stem)}
-    for cell in notebook["cells"]:
-        cell["source"] = _text(cell)                  # one text: a list of lines takes more bytes
     data = json.dumps(notebook, indent=1, ensure_ascii=False).encode()
     if len(data) > LARGEST:
         raise ValueError(f"{out.name} would have {len(data):,} bytes, Kaggle takes {LARGEST:,}")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(data + b"\n")
     return len(data) + 1
-
-
-def _text(cell: dict) -> str:
-    return "".join(cell["source"])
 
 
 def _cell(name: str, source: str, kind: str = "code") -> dict:

@@ -157,16 +157,17 @@ def is_finished(run) -> bool:
     return bool(summary) and not summary.get("stopped") and bool(_signs(Path(run), ["final"]))
 
 
-def progress(run) -> tuple:
+def progress(run, leave=()) -> tuple:
     """(finished, newest checkpoint's step or -1, token shards, has a tokenizer, files).
 
-    The larger is further; the last tells only attached copies of one run from each other.
+    The larger is further; the last tells only attached copies of one run from each other. Folders in
+    `leave` do not count.
     """
-    run = Path(run)
-    steps = [int(path.name[5:]) for path in checkpoint_folders(run)]
-    shards = [*run.glob("tokens/*/train-*.bin"), *run.glob("tokens/*/*/train-*.bin")]
-    return (is_finished(run), max(steps, default=-1), len(shards), bool(_signs(run, ["tokenizer"])),
-            len(_files(run)))
+    run, files = Path(run), _files(Path(run), leave)
+    steps = [-1] if "checkpoints" in leave else [int(path.name[5:]) for path in checkpoint_folders(run)]
+    shards = sum(path.parts[0] == "tokens" and path.name[:6] == "train-" for path in files)
+    return (is_finished(run), max(steps, default=-1), shards, bool(_signs(run, ["tokenizer"])),
+            len(files))
 
 
 # Taking over an attached run.
@@ -191,7 +192,7 @@ def adopt(run_dir, inputs=None, recipe: Recipe | None = None, say=print, leave=(
     """
     run_dir = Path(os.path.abspath(run_dir))
     for run in attached_runs(run_dir, inputs, recipe, say):
-        if progress(run)[:4] <= progress(run_dir)[:4]:
+        if progress(run, leave)[:4] <= progress(run_dir, leave)[:4]:
             _remove(run_dir / ".adopting")
             say(f"{run_dir} is as far as the attached {run}: nothing is taken from there")
             break
@@ -243,8 +244,8 @@ def _other_tokenizer(run: Path, run_dir: Path) -> str | None:
 
 def _take(run: Path, run_dir: Path, leave, say) -> bool:
     """Copy `run` aside and move it into place; False where none of its checkpoints can be used."""
-    wanted = [path for path in _files(run) if path.parts[0] not in ("checkpoints", *leave)]
-    saved = checkpoint_folders(run)
+    wanted = [path for path in _files(run, leave) if path.parts[0] != "checkpoints"]
+    saved = [] if "checkpoints" in leave else checkpoint_folders(run)
     size = sum((run / path).stat().st_size for path in wanted)
     size += sum(path.stat().st_size for folder in saved[-2:] for path in folder.iterdir())
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -274,11 +275,12 @@ def _take(run: Path, run_dir: Path, leave, say) -> bool:
     return bool(usable)
 
 
-def _files(run: Path) -> list[Path]:
+def _files(run: Path, leave=()) -> list[Path]:
     """The files of a run, as paths from it: no hidden ones, and no links, which may lead anywhere."""
     found = []
     for place, folders, names in os.walk(run):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name[:4] != "bad-")
+        folders[:] = sorted(name for name in folders if name[0] != "." and name[:4] != "bad-"
+                            and not (name in leave and Path(place) == run))
         found += [Path(place, name).relative_to(run) for name in sorted(names)
                   if name[0] != "." and not Path(place, name).is_symlink()]
     return found

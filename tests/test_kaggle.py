@@ -178,6 +178,12 @@ def test_nothing_newer_is_overwritten(runs, tiny, tmp_path):
     mount(runs.whole, tmp_path / "same")
     assert not kaggle.adopt(run_dir, [tmp_path / "same"], runs.recipe, said.append).run
     assert (run_dir / "metrics.jsonl").read_text() == "mine\n"
+    shutil.rmtree(run_dir)                             # where only a part is wanted, that part decides
+    for _ in range(2):
+        done = kaggle.adopt(run_dir, [tmp_path / "same"], None, said.append, leave=("tokens", "checkpoints"))
+        assert done.finished and (done.run is None) == (run_dir / "mine").exists()
+        (run_dir / "mine").write_text("")
+    assert not {"tokens", "checkpoints"} & {path.name for path in run_dir.iterdir()}
     shutil.rmtree(run_dir)                             # another tokenizer here, made in this session
     shutil.copytree(tiny.tokenizer_dir, run_dir / "tokenizer")
     vocabulary = run_dir / "tokenizer" / "tokenmonster.vocab"
