@@ -450,7 +450,7 @@ def test_a_built_notebook_is_the_same_notebook_small_enough_and_says_where_it_is
     assert order.index("parameters") < order.index("helper-about") < order.index("bootstrap")
     for cell in notebook.cells:
         if cell.id.startswith("write-"):
-            assert cell.metadata["_kg_hide-input"] and cell.source.startswith("%%writefile ")
+            assert cell.metadata["_kg_hide-input"] and cell.source.startswith(("%%writefile ", "_write_rows("))
     assert notebook.metadata.kaggle == bundle.kaggle_metadata(name)
 
 
