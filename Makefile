@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run run-seeds test test-kaggle tpu-test tpu-aot bench soak results lint clean
+.PHONY: run run-seeds test kaggle test-kaggle tpu-test tpu-aot bench soak results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -51,14 +51,28 @@ test: $(VENV)/.installed lint
 tpu-test: .venv-tpu/.installed
 	.venv-tpu/bin/python -m pytest tests/tpu --durations=10
 
-# The suite with the versions of Kaggle's GPU image (no GPU is needed): PYTHON=python3.12; about 7 GB.
-.venv-kaggle/.installed: tests/requirements/kaggle-gpu.txt
-	$(PYTHON) -m venv .venv-kaggle
-	.venv-kaggle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/kaggle-gpu.txt
+# dist/kaggle/NN_name.ipynb: each notebook with the helper inside. USER=name stages a dataset and kernels too.
+kaggle:
+	$(PYTHON) -m stentor.bundle dist/kaggle $(if $(filter USER,$(TYPED)),--user $(call quoted,$(value USER)))
+
+# The suite with the versions of Kaggle's images (no GPU or TPU is needed): IMAGE=gpu or tpu, PYTHON=python3.12; about 7 GB.
+# What the notebooks add comes after the image's own, and must change none of it.
+IMAGE ?= gpu
+KAGGLE := .venv-kaggle-$(IMAGE)
+$(KAGGLE)/.installed: tests/requirements/kaggle-$(IMAGE).txt tests/requirements/on-kaggle.txt requirements-t4.txt requirements-tpu.txt
+	$(PYTHON) -m venv --clear $(KAGGLE)
+	$(KAGGLE)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/kaggle-$(IMAGE).txt
+	$(KAGGLE)/bin/python -m pip freeze | sort > $(KAGGLE)/image.txt
+	$(KAGGLE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-$(if $(filter tpu,$(IMAGE)),tpu,t4).txt
+	$(KAGGLE)/bin/python -m pip freeze | sort > $(KAGGLE)/with-delta.txt
+	@changed="$$(comm -23 $(KAGGLE)/image.txt $(KAGGLE)/with-delta.txt)"; if [ -n "$$changed" ]; then \
+	  echo "the delta changed what the image has:"; echo "$$changed"; exit 1; fi
+	@echo "added to the image, nothing of it changed:"; comm -13 $(KAGGLE)/image.txt $(KAGGLE)/with-delta.txt
+	$(KAGGLE)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/on-kaggle.txt
 	touch $@
 
-test-kaggle: .venv-kaggle/.installed
-	.venv-kaggle/bin/python -m pytest tests --durations=10
+test-kaggle: $(KAGGLE)/.installed
+	$(KAGGLE)/bin/python -m pytest $(if $(filter tpu,$(IMAGE)),tests/tpu,tests) --durations=10
 
 # Optional: compiles the TPU training step for a real v5e 2x4 ahead of time, with no TPU.
 .venv-aot/.installed: tests/requirements/aot.txt
@@ -86,4 +100,4 @@ lint: $(VENV)/.installed
 	$(PY) tests/lint.py
 
 clean:
-	rm -rf $(VENV) .venv-kaggle .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .venv-kaggle* dist .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -57,7 +57,7 @@ def problems(folder: Path = REPO) -> list[str]:
     found = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if not path.is_file() or path.suffix not in TEXT or any(p.startswith(".") or p in ("outputs", "__pycache__")
+        if not path.is_file() or path.suffix not in TEXT or any(p.startswith(".") or p in ("outputs", "dist", "__pycache__")
                                                                 for p in parts[:-1]) or path.stat().st_size > 5_000_000:
             continue
         try:

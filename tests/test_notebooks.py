@@ -312,12 +312,3 @@ def test_notebooks_are_kept_as_agreed(path):
     opening = notebook.cells[0].source
     assert all(word in opening for word in ("makes", "takes", "needs")) and notebook.cells[-1].cell_type in ("markdown", "code")
     assert stentor.notebooks.notebook_parameters(path)
-
-
-@pytest.mark.parametrize("path", sorted((REPO / "kaggle").glob("*/kernel-metadata.json")), ids=lambda path: path.parent.name)
-def test_kaggle_metadata_points_at_the_notebook(path):
-    metadata = json.loads(path.read_text())
-    assert (path.parent / metadata["code_file"]).resolve() == (REPO / "notebooks" / f"{path.parent.name}.ipynb").resolve()
-    assert metadata["kernel_type"] == "notebook" and metadata["is_private"] is True
-    assert metadata["enable_gpu"] == (path.parent.name in ("02_pretrain_t4", "04_instruct_sft", "05_benchmark"))
-    assert metadata["enable_tpu"] == (path.parent.name == "03_pretrain_tpu")
