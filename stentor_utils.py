@@ -21,6 +21,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
+    kaggle bundle       attached runs taken over; notebooks that carry the house with them
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 from types import NoneType
 
-from stentor.checkpoints import check_run
+from stentor.checkpoints import check_run, checkpoint_folders
 from stentor.files import CheckpointError, ParameterError
+from stentor.kaggle import adopt, how_to_go_on, is_finished, on_kaggle, stop_here
 from stentor.launch import launch
 from stentor.parameters import (
     items, number, read_parameters, run_name, shown, split_names, string, writable_folder)
@@ -78,18 +80,23 @@ class OpenRun:
     def train(self, store_dir, **how) -> dict:
         """`launch` this run (`how` is for it) to its end: summary.json's content.
 
-        One that was stopped, by the deadline or by hand, ends the notebook in a sentence.
+        One that was stopped, by the deadline or by hand, ends the notebook in a sentence. A finished
+        one whose checkpoints are not here any more, such as an attached one, is not trained again.
         """
+        if is_finished(self.dir) and not checkpoint_folders(self.dir):
+            return json.loads((self.dir / "summary.json").read_text())
         summary = launch(self.recipe, store_dir, self.tokenizer_dir, self.dir,
                          deadline_hours=self.hours_left(), **how)
         if summary["stopped"]:
-            raise SystemExit(f"Stopped at step {summary['step']:,} ({summary['stopped']}); "
-                             "run this notebook again to go on.")
+            stop_here(how_to_go_on(summary))
         return summary
 
 
 def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> OpenRun:
     """Check a notebook's parameters and all that they name, before any work, creating nothing.
+
+    On Kaggle one thing is done before that: what an attached input holds of this run, and this session
+    does not have, is copied into its folder (`kaggle.adopt`), once the parameters themselves are right.
 
     namespace: `globals()`, right after the parameters cell.
     spec: {parameter: rule}, of `rules`. What is checked follows from the parameters that are in it.
@@ -111,6 +118,10 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> Op
         run.profile = find_profile(given["PROFILE"])
         run.deadline = session_end(given.get("DEADLINE_HOURS"), run.profile)
     if "OUTPUTS" in given and "RUN" in given:
+        if not problems and "TOKENIZER" not in spec:
+            for name in split_names(given["RUN"]):
+                problems += _take_over(find_run(find_outputs(given["OUTPUTS"]), name),
+                                       leave=("tokens", "checkpoints"))
         problems += _find_folders(run, given, makes)
     if "RECIPE" in given and run.profile:
         run.published = ALL_RECIPES[given["RECIPE"]]
@@ -140,9 +151,21 @@ def _find_folders(run: OpenRun, given: dict, makes: str | None) -> list[str]:
     if "BASE" in given:
         run.base_dir = Path(given["BASE"] or run.dir / "final")
         if not (given["BASE"] or (run.base_dir / "config.json").is_file()):
+            attach = " and attach its output (Add Input > Your Work)" if on_kaggle() else ""
             problems.append(f"BASE: there is no model in {run.base_dir}; run 02_pretrain_t4 for "
-                            f"RUN = {given['RUN']!r} first, or name a model.")
+                            f"RUN = {given['RUN']!r} first{attach}, or name a model.")
     return problems
+
+
+def _take_over(folder: Path, **what) -> list[str]:
+    """`kaggle.adopt`; what is wrong with an attached run of this name."""
+    try:
+        adopt(folder, **what)
+    except ParameterError as error:
+        return error.problems
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _prepare_training(run: OpenRun, given: dict, spec: dict) -> list[str]:
@@ -161,6 +184,8 @@ def _prepare_training(run: OpenRun, given: dict, spec: dict) -> list[str]:
         problems, changed = problems + error.problems, False
     if "TOKENIZER" not in given or not run.dirs:
         return problems
+    if changed and not problems:
+        problems += _take_over(run.dir, recipe=run.recipe)
     try:
         run.tokenizer_dir, run.tokenizer = open_tokenizer(given["TOKENIZER"], run.recipe, run.dir)
         if changed:

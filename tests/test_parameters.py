@@ -295,8 +295,8 @@ def test_an_open_run_has_what_the_notebook_needs(tiny, tmp_path, monkeypatch):
     assert not run.dir.exists()
     given = {}
     monkeypatch.setattr(stentor.opening, "launch", lambda *where, **how: given.update(how, where=where) or {
-        "step": 1200, "stopped": "deadline"})
-    with pytest.raises(SystemExit, match=r"Stopped at step 1,200 \(deadline\); run this notebook again to go on"):
+        "step": 1200, "steps": 2400, "stopped": "deadline"})
+    with pytest.raises(SystemExit, match=r"Stopped at step 1,200 of .* \(deadline\), saved. Run this notebook again to go on"):
         run.train("tokens", num_processes=2)
     assert given["where"] == (recipe, "tokens", str(tiny.tokenizer_dir), run.dir) and given["num_processes"] == 2
     assert 0 < given["deadline_hours"] <= 2
