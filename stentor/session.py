@@ -60,11 +60,15 @@ def say_cpu_twin() -> None:
 
 
 def find_outputs(outputs: str) -> Path:
-    """A relative OUTPUTS is beside stentor_utils.py; where that is read-only, in the working folder."""
-    here = Path(__file__).resolve().parents[1]        # a Kaggle input is read-only
+    """A relative OUTPUTS is in the repository; in the working folder where there is none to write to.
+
+    There is none where the helper was installed by pip, carried by a notebook, or is a Kaggle input.
+    """
+    here = Path(__file__).resolve().parents[1]
     if Path(outputs).is_absolute():
         return Path(outputs)
-    return (here if os.access(here, os.W_OK) else Path.cwd()) / outputs
+    repository = (here / "notebooks").is_dir() and os.access(here, os.W_OK)
+    return (here if repository else Path.cwd()) / outputs
 
 
 def find_run(outputs, name: str) -> Path:
