@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import stentor.bundle
 import stentor.kaggle
+import stentor.stopping
+import stentor.train
 import stentor_utils as su
 from conftest import REPO
 from stentor import bundle, kaggle
@@ -29,8 +31,10 @@ def train(tiny, recipe, run_dir, stop_at=None, monkeypatch=None):
         if not (run_dir / name).exists():
             shutil.copytree(source, run_dir / name)
     if stop_at:
-        monkeypatch.setattr(stentor.train.Run, "until_deadline",
-                            lambda run: 1e9 if run.state["step"] < stop_at else -1)
+        step, steps_done = stentor.train.Run.one_step, []
+        monkeypatch.setattr(stentor.train.Run, "one_step", lambda run: steps_done.append(run) or step(run))
+        monkeypatch.setattr(stentor.stopping.Stopping, "until_deadline",
+                            lambda stop: 1e9 if len(steps_done) < stop_at else -1)
     try:
         return su.train(recipe, su.TokenStore(run_dir / "tokens", recipe), run_dir, tokenizer=tiny.tokenizer,
                         deadline_hours=1 if stop_at else None, say=lambda text: None)
