@@ -64,7 +64,7 @@ def test_50_steps_on_8_devices_are_the_cpu_engines(stentor3, tiny, cpu_curve, tm
 
 def test_the_final_evaluation_needs_no_graph_of_its_own(tiny, tmp_path):
     """What was saved is read back and measured by the evaluation's graph: three compilations would be a second one."""
-    code = ("import sys, json, stentor_utils as su\nsu.train_from_file(sys.argv[1])\n"
+    code = ("import sys, stentor.launch\nstentor.launch.train_from_file(sys.argv[1])\n"
             "import torch_xla.debug.metrics as met\nprint('compiled', met.metric_data('CompileTime')[0])\n")
     (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
