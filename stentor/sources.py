@@ -13,7 +13,8 @@ from fsspec.spec import AbstractFileSystem
 
 from stentor.corpus import clean_text, local_corpus
 from stentor.files import ParameterError, SourceError
-from stentor.formats import _READABLE, BadRow, _Fields, _format, _is_data, _rows, _visible_files
+from stentor.formats import (
+    _LONGEST_ROW, _READABLE, _TOO_LONG, BadRow, _Fields, _format, _is_data, _rows, _visible_files)
 from stentor.hub import HubFile, _hub_read, hub_commit
 from stentor.recipes import Source
 
@@ -225,12 +226,12 @@ def clean_documents(source: Source, cursor: dict | None = None, longest_document
     """Stream a source cleaned: yields (text, None, cursor), or (None, why it is skipped, cursor)."""
     for value, cursor in documents(source, cursor, **reading):
         reason, text = None, None
-        if isinstance(value, BadRow):
+        if isinstance(value, BadRow) and value is not _TOO_LONG:
             reason = value.reason
+        elif value is _TOO_LONG or isinstance(value, str) and len(value) > longest_document:
+            reason = f"longer than {min(longest_document, _LONGEST_ROW):,} characters"
         elif not isinstance(value, str):
             reason = "null" if value is None else "not a string"
-        elif len(value) > longest_document:
-            reason = f"longer than {longest_document:,} characters"
         elif re.search("[\ud800-\udfff]", value):     # what is left of bytes that were not UTF-8
             reason = "invalid UTF-8"
         elif not (text := clean_text(value, source.preserve_linebreaks)):
