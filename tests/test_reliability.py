@@ -329,6 +329,27 @@ def test_a_signal_in_a_step_in_the_wait_for_data_and_in_an_evaluation(tiny, micr
         assert weights(folder) == weights(tmp_path / "alone")
 
 
+def test_a_signal_that_c_code_makes_another_error_of_stops_all_the_same(tiny, micro, tmp_path):
+    """np.fromfile asks its file name what it is, and made a SystemError of what a handler raised."""
+    class Store(Wrapped):
+        def batch(self, step):
+            try:
+                if step == 6:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.01)
+            except BaseException as error:
+                raise SystemError("returned a result with an exception set") from error
+            return super().batch(step)
+    with pytest.raises(SystemExit) as caught:
+        train(tiny, micro, tmp_path / "run", store=Store(tiny, micro, lambda step, batch: batch))
+    assert caught.value.code == 143
+    assert su.checkpoint_folders(tmp_path / "run")[-1].name == "step-00000006"
+    with pytest.raises(SystemError):                  # without a signal it is what it is
+        def broken(step, batch):
+            raise SystemError("of its own")
+        train(tiny, micro, tmp_path / "broken", store=Wrapped(tiny, micro, broken))
+
+
 def test_an_error_leaves_the_kernel_usable(tiny, micro, tmp_path):
     """An exception whose traceback is kept, as a notebook keeps it, does not keep the run's folder
     locked."""

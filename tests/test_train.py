@@ -173,7 +173,7 @@ def test_sigterm_saves_and_goes_on(tiny, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     log = process.communicate()[0]
-    assert process.returncode == 143 and "Run the same again to go on" in log
+    assert process.returncode == 143 and "Run the same again to go on" in log, log[-2000:]
     stopped = int(su.checkpoint_folders(tmp_path / "run")[-1].name[5:])
     assert 3 <= stopped < steps
     process = child(tiny, tmp_path / "run", recipe)
