@@ -21,10 +21,10 @@ from stentor.recipes import Source
 
 codecs.register_error("lone_surrogate", lambda error: ("\ud800", error.end))
 
-_LONGEST_ROW = 32 << 20     # characters: one line, element, record or document of a .txt
+LONGEST_ROW = 32 << 20     # characters: one line, element, record or document of a .txt
 _PACKINGS = ("gz", "bz2", "xz", "zst", "lz4")
 _FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt", "parquet", "arrow")
-_READABLE = (f".{', .'.join(_FORMATS[:6])}, these also packed as .{', .'.join(_PACKINGS)}; "
+READABLE = (f".{', .'.join(_FORMATS[:6])}, these also packed as .{', .'.join(_PACKINGS)}; "
              ".parquet, .arrow")
 # datasets.data_files' FILES_TO_IGNORE, and what save_to_disk writes beside its .arrow.
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -36,10 +36,10 @@ class BadRow:
     reason: str
 
 
-_TOO_LONG = BadRow(f"longer than {_LONGEST_ROW:,} characters")
+TOO_LONG = BadRow(f"longer than {LONGEST_ROW:,} characters")
 
 
-def _format(name: str) -> tuple[str, str]:
+def format_of(name: str) -> tuple[str, str]:
     """(one of _FORMATS, one of _PACKINGS or "") by the name's endings; ("", "") if it cannot be read."""
     endings = ["", *re.split(r"[/\\]", name.lower())[-1].split(".")[1:]]
     packing = endings.pop() if endings[-1] in _PACKINGS else ""
@@ -53,14 +53,14 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "__")) for part in name.split("/"))
 
 
-def _visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.rglob("*"))
             if p.is_file() and not _is_hidden(p.relative_to(folder).as_posix())]
 
 
-def _is_data(name: str) -> bool:
+def is_data(name: str) -> bool:
     beside = name.rpartition("/")[2].lower() in _NOT_DATA
-    return bool(_format(name)[0]) and not _is_hidden(name) and not beside
+    return bool(format_of(name)[0]) and not _is_hidden(name) and not beside
 
 
 _NO_TEXT = {b"\x1f\x8b": "is packed by gzip", b"BZh": "is packed by bzip2",
@@ -107,14 +107,14 @@ def _blocks(file, name: str):
 def _split(blocks, separator: str):
     """What stands between the separators; nothing behind a last one.
 
-    What is over _LONGEST_ROW comes cut, and longer than that. Lines are split at "\n", not by
+    What is over LONGEST_ROW comes cut, and longer than that. Lines are split at "\n", not by
     str.splitlines, which also splits at the U+2028, U+0085 and form feeds inside a text.
     """
     rest = ""
     for block in blocks:
         searched = max(0, len(rest) - len(separator) + 1)     # one may lie on the border of two blocks
         first, *others = (rest[searched:] + block).split(separator)
-        rest = rest[:min(searched, _LONGEST_ROW + 1)] + first
+        rest = rest[:min(searched, LONGEST_ROW + 1)] + first
         if others:
             yield rest
             rest = others.pop()
@@ -125,8 +125,8 @@ def _split(blocks, separator: str):
 
 def _json(text: str):
     """A JSON value; None for what is none: broken, cut off, or nested deeper than Python goes."""
-    if len(text) > _LONGEST_ROW:
-        return _TOO_LONG
+    if len(text) > LONGEST_ROW:
+        return TOO_LONG
     try:
         # Not strict: a bare tab in a string is a tab.
         return json.loads(text.removeprefix("\ufeff"), strict=False)
@@ -152,8 +152,8 @@ def _json_values(blocks, base: int):
     text, place, begin, depth = "", 0, 0, 0
     for block in blocks:
         text, place, begin = text[begin:] + block, place - begin, 0
-        if len(text) > _LONGEST_ROW + len(block):
-            raise ValueError(f"a value is {_TOO_LONG.reason}")
+        if len(text) > LONGEST_ROW + len(block):
+            raise ValueError(f"a value is {TOO_LONG.reason}")
         while part := _JSON_PARTS.search(text, place):
             if part[0][0] == '"' and not part[1]:     # a string that goes on in the next block
                 break
@@ -196,7 +196,7 @@ def _csv_records(lines, delimiter: str):
     A quote that opens and is never closed would swallow the records behind it: where the rules are
     broken, only the first line is taken as it stands, and the next one begins a record again.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_ROW))
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))
     waiting, taken, width = [], [], None
 
     def feed():
@@ -236,7 +236,7 @@ def _csv_records(lines, delimiter: str):
 def _csv_rows(blocks, name: str, field: str | None, start: int):
     lines = _split(blocks, "\n")
     first = next((line for line in lines if line.strip()), "")
-    delimiter = "\t" if _format(name)[0] == "tsv" else max(",;\t", key=first.count)
+    delimiter = "\t" if format_of(name)[0] == "tsv" else max(",;\t", key=first.count)
     records = _csv_records(itertools.chain([first], lines), delimiter)
     header = next(records, None) or []
     if field is not None:
@@ -258,7 +258,7 @@ def _between_lines(lines, separator: str):
     size, parts = 0, []
     for line in itertools.chain(lines, [separator]):
         if line.strip(" \t\ufeff") != separator:
-            if size <= _LONGEST_ROW:
+            if size <= LONGEST_ROW:
                 parts.append(line)
             size += len(line) + 1
         elif parts:
@@ -272,7 +272,7 @@ def _txt_documents(blocks, start: int):
     Or <|endoftext|> anywhere, if no such line is near the first.
     """
     head = ""
-    while not _SEPARATORS.search(head) and len(head) <= _LONGEST_ROW:
+    while not _SEPARATORS.search(head) and len(head) <= LONGEST_ROW:
         if (block := next(blocks, None)) is None:
             break
         head += block
@@ -284,7 +284,7 @@ def _txt_documents(blocks, start: int):
         texts = _between_lines(_split(blocks, "\n"), "<|doc|>")
     for row, text in enumerate(texts):
         if row >= start:
-            yield row + 1, _TOO_LONG if len(text) > _LONGEST_ROW else text.removeprefix("\ufeff")
+            yield row + 1, TOO_LONG if len(text) > LONGEST_ROW else text.removeprefix("\ufeff")
 
 
 def _column(name: str, field: str, columns: list[str]) -> int:
@@ -345,7 +345,7 @@ def _arrow_file_rows(file, name: str, field: str | None, start: int):
     yield from _arrow_rows(batches, field, 0, start)
 
 
-class _Fields:
+class Fields:
     """Takes the text field from rows that may each have other fields; if none has it, says which have."""
 
     def __init__(self, source: Source, found: bool):
@@ -372,9 +372,9 @@ class _Fields:
                 f"{self.source.text_field!r}; the fields there: {listed}. Set text_field to one of them.")
 
 
-def _rows(file, name: str, field: str | None, fields: _Fields, start: int):
+def rows_of(file, name: str, field: str | None, fields: Fields, start: int):
     """(number of the next row, the row's text field or with None its dict) of an open file."""
-    kind, packing = _format(name)
+    kind, packing = format_of(name)
     if kind == "parquet":
         yield from _parquet_rows(file, name, field, start)
         return

@@ -191,7 +191,7 @@ def _cached_snapshots(name: str, revision: str | None) -> list[Path]:
     return sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)
 
 
-def _hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
+def hub_read(source: Source, url: str, what: str, span: tuple[int, int] | None = None, **reading):
     """_hub_get for a dataset, named as its source is."""
     repo = f"{source.path} at revision {source.revision}"
     return _hub_get(f"source {source.name}", repo, url, what, span, **reading)
@@ -207,7 +207,7 @@ class HubFile(AbstractBufferedFile):
 
     def __init__(self, source: Source, name: str, size: int, **reading):
         url = f"datasets/{source.path[3:]}/resolve/{source.revision}/{quote(name)}"
-        self.get = functools.partial(_hub_read, source, url, name, **reading)
+        self.get = functools.partial(hub_read, source, url, name, **reading)
         super().__init__(None, name, size=size, cache_type="none")
 
     def _fetch_range(self, start, end):

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from stentor.files import ParameterError, remove_leftovers, write_atomically
-from stentor.formats import _is_data, _visible_files
-from stentor.hub import _hub_read
+from stentor.formats import is_data, visible_files
+from stentor.hub import hub_read
 from stentor.recipes import Source
 from stentor.sources import clean_documents, pin_revision, source_problems
 from stentor.tokenizer import encode_documents, store_problems, tokenizer_sha256, vocabulary_rows
@@ -134,8 +134,8 @@ def _check_readable(sources, progress) -> None:
         raise ParameterError(problems)
     for source in sources:
         if not source.path.startswith(("hf:", "local:")):
-            visible = _visible_files(Path(source.path))
-            if others := [path.name for path in visible if not _is_data(path.name)]:
+            visible = visible_files(Path(source.path))
+            if others := [path.name for path in visible if not is_data(path.name)]:
                 more = f" and {len(others) - 5} more" if len(others) > 5 else ""
                 progress(f"source {source.name}: not read in {source.path}: "
                          f"{', '.join(others[:5])}{more}")
@@ -156,7 +156,7 @@ def _at_its_commit(source: Source, entry: dict, complete: bool, reading: dict) -
     if commit and now.revision != commit and not complete:
         url = f"api/datasets/{source.path[3:]}/revision/{commit}"
         try:
-            _hub_read(source, url, "the revision", **reading)
+            hub_read(source, url, "the revision", **reading)
         except ParameterError:
             raise ParameterError([f"{there}, which the hub no longer gives; it is at "
                                   f"{now.revision} now. Choose another folder."]) from None

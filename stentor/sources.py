@@ -14,8 +14,8 @@ from fsspec.spec import AbstractFileSystem
 from stentor.corpus import clean_text, local_corpus
 from stentor.files import ParameterError, SourceError
 from stentor.formats import (
-    _LONGEST_ROW, _READABLE, _TOO_LONG, BadRow, _Fields, _format, _is_data, _rows, _visible_files)
-from stentor.hub import HubFile, _hub_read, hub_commit
+    LONGEST_ROW, READABLE, TOO_LONG, BadRow, Fields, format_of, is_data, rows_of, visible_files)
+from stentor.hub import HubFile, hub_commit, hub_read
 from stentor.recipes import Source
 
 
@@ -46,13 +46,13 @@ def source_files(source: Source, **reading) -> dict[str, int]:
     source, sizes = pin_revision(source, **reading), {}
     page = f"api/datasets/{source.path[3:]}/tree/{source.revision}?recursive=true"
     while page:
-        answer = _hub_read(source, page, "the list of files", **reading)
+        answer = hub_read(source, page, "the list of files", **reading)
         sizes |= {item["path"]: item["size"] for item in answer.json() if item["type"] == "file"}
         page = answer.links.get("next", {}).get("url")
     card = b""
     if "README.md" in sizes:
         card = HubFile(source, "README.md", sizes["README.md"], **reading).read()
-    names = sorted(name for name in sizes if _is_data(name))
+    names = sorted(name for name in sizes if is_data(name))
     return {name: sizes[name] for name in _chosen(source, names, card.decode("utf-8", "replace"))}
 
 
@@ -74,12 +74,12 @@ def _chosen(source: Source, names: list[str], card: str) -> list[str]:
                  or (names if source.split == "train" else []))
     # As `datasets` has it a config is of one kind: notes and tables beside its .parquet or .jsonl
     # are not its documents.
-    names = [name for name in names if _format(name)[0] in ("parquet", "jsonl", "ndjson")] or names
+    names = [name for name in names if format_of(name)[0] in ("parquet", "jsonl", "ndjson")] or names
     if not names:
         raise ParameterError([
             f"source {source.name}: {source.path} has no file that can be read for config {config}, "
             f"split {source.split}; its card lists the configs: {', '.join(configs) or 'none'}. "
-            f"What can be read: {_READABLE}."])
+            f"What can be read: {READABLE}."])
     return names
 
 
@@ -146,17 +146,17 @@ def _local_files(source: Source) -> dict[str, int]:
     """source_files of a file, a folder or an embedded corpus."""
     path = local_corpus(source.path[6:]) if source.path.startswith("local:") else Path(source.path)
     if path.is_file():
-        if not _format(path.name)[0]:
+        if not format_of(path.name)[0]:
             raise ParameterError([f"source {source.name}: {path} cannot be read; what can be: "
-                                  f"{_READABLE}. Unpack or convert it."])
+                                  f"{READABLE}. Unpack or convert it."])
         return {str(path): path.stat().st_size}
-    visible = _visible_files(path)
-    files = [p for p in visible if _is_data(p.name)]
+    visible = visible_files(path)
+    files = [p for p in visible if is_data(p.name)]
     if not files:
         there = f" (there: {', '.join(p.name for p in visible[:5])})" if visible else ""
         raise ParameterError([
             f"source {source.name}: {source.path} is not a .jsonl, .parquet or .txt file, nor a folder "
-            f"with some{there}; nor does it begin with local: or hf:. What can be read: {_READABLE}."])
+            f"with some{there}; nor does it begin with local: or hf:. What can be read: {READABLE}."])
     # The endings that were read first come first: cursors of stores from then count in this order.
     files.sort(key=lambda p: not p.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")))
     return {str(p): p.stat().st_size for p in files}
@@ -169,7 +169,7 @@ def source_problems(source: Source) -> list[str]:
     try:
         files = list(source_files(source))
         first = [dataclasses.replace(source, path=name) for name in files
-                 if _format(name)[0] in ("csv", "tsv", "parquet", "arrow")]
+                 if format_of(name)[0] in ("csv", "tsv", "parquet", "arrow")]
         for part in [source, *(first if len(files) > 1 else [])]:
             with contextlib.suppress(SourceError):    # what stands before the damage is read first
                 rows = itertools.islice(documents(part), 1000)
@@ -191,14 +191,14 @@ def documents(source: Source, cursor: dict | None = None, *, tries: int = 8, sle
     reading = {"tries": tries, "sleep": sleep, "deadline": deadline}
     start = {"file": 0, "row": 0}
     hub, failures, cursor = source.path.startswith("hf:"), 0, dict(cursor or start)
-    fields = _Fields(source, found=cursor != start)
+    fields = Fields(source, found=cursor != start)
     source = pin_revision(source, **reading)
     files = list(source_files(source, **reading).items())
     while cursor["file"] < len(files):
         name, size = files[cursor["file"]]
         try:
             with HubFile(source, name, size, **reading) if hub else open(name, "rb") as file:
-                for row, value in _rows(file, name, source.text_field, fields, cursor["row"]):
+                for row, value in rows_of(file, name, source.text_field, fields, cursor["row"]):
                     cursor, failures = {"file": cursor["file"], "row": row}, 0
                     yield value, cursor
             cursor = {"file": cursor["file"] + 1, "row": 0}
@@ -226,10 +226,10 @@ def clean_documents(source: Source, cursor: dict | None = None, longest_document
     """Stream a source cleaned: yields (text, None, cursor), or (None, why it is skipped, cursor)."""
     for value, cursor in documents(source, cursor, **reading):
         reason, text = None, None
-        if isinstance(value, BadRow) and value is not _TOO_LONG:
+        if isinstance(value, BadRow) and value is not TOO_LONG:
             reason = value.reason
-        elif value is _TOO_LONG or isinstance(value, str) and len(value) > longest_document:
-            reason = f"longer than {min(longest_document, _LONGEST_ROW):,} characters"
+        elif value is TOO_LONG or isinstance(value, str) and len(value) > longest_document:
+            reason = f"longer than {min(longest_document, LONGEST_ROW):,} characters"
         elif not isinstance(value, str):
             reason = "null" if value is None else "not a string"
         elif re.search("[\ud800-\udfff]", value):     # what is left of bytes that were not UTF-8

@@ -26,6 +26,13 @@ def test_the_helper_is_a_map_and_gives_out_nothing_private(figures):
     assert not [name for name in modules if name not in ast.get_docstring(tree)]
 
 
+def test_no_file_takes_what_is_private_to_another():
+    taken = [f"{path.relative_to(REPO)}: {alias.name}" for path in house.python_files(REPO)
+             for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+             and (node.module or "").startswith("stentor") for alias in node.names if alias.name.startswith("_")]
+    assert not taken
+
+
 def test_02_and_03_share_no_more_than_ten_lines(figures):
     assert int(figures["code lines of 02 that stand in 03"].split()[0]) <= 10
 

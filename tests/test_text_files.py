@@ -412,7 +412,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
 
 
 def test_one_endless_line_or_document_is_skipped_without_being_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(stentor.formats, "_LONGEST_ROW", 3 << 20)
+    monkeypatch.setattr(stentor.formats, "LONGEST_ROW", 3 << 20)
     many = ["y" * (1 << 19)] * 20                      # one line, longer than any document
     (tmp_path / "docs.txt").write_text("<|endoftext|>".join(["a", "x" * (9 << 20), *many]))
     assert good(tmp_path / "docs.txt") == (["a", *many], {"longer than 2,000,000 characters": 1})

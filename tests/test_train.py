@@ -127,6 +127,13 @@ def test_the_weights_are_a_stock_llama(whole):
     assert names == set(stock.state_dict()) - {"lm_head.weight"}
 
 
+def train_here(tiny, run_dir):
+    """(summary, the lines of its log) of the tiny run, in this process."""
+    said = []
+    store = su.TokenStore(tiny.store_dir, tiny.recipe)
+    return su.train(tiny.recipe, store, run_dir, tokenizer=tiny.tokenizer, say=said.append), said
+
+
 def child(tiny, run_dir, recipe=None, kill=(), **env):
     """Start the run in a process of its own, as `launch` does; kill: (line, calls) of
     kill_here.train."""
@@ -339,13 +346,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_run(tiny, whole, tmp
             raise torch.OutOfMemoryError("pretend")
         return forward(self, input_ids=input_ids, **kwargs)
     monkeypatch.setattr(LlamaModel, "forward", small)
-    said = []
-    summary = su.train(
-        tiny.recipe,
-        su.TokenStore(tiny.store_dir, tiny.recipe),
-        tmp_path,
-        tokenizer=tiny.tokenizer,
-        say=said.append)
+    summary, said = train_here(tiny, tmp_path)
     assert [line for line in said if "halved" in line] == [
         "out of memory: micro-batch halved to 2 sequences, the global batch stays"]
     assert summary["eval_loss"] == pytest.approx(whole[1]["eval_loss"], rel=1e-5)
@@ -374,13 +375,7 @@ def test_an_infinite_gradient_skips_the_step_and_not_the_schedule(tiny, tmp_path
             parameters[0].grad[0, 0] = float("inf")
         return clip(parameters, max_norm)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    said = []
-    summary = su.train(
-        tiny.recipe,
-        su.TokenStore(tiny.store_dir, tiny.recipe),
-        tmp_path,
-        tokenizer=tiny.tokenizer,
-        say=said.append)
+    summary, said = train_here(tiny, tmp_path)
     assert summary["skipped_steps"] == 2 and sum("step skipped" in line for line in said) == 2
     state = json.loads((su.checkpoint_folders(tmp_path)[-1] / "state.json").read_text())
     assert state["updates"] == 22 and np.isfinite(summary["eval_loss"])

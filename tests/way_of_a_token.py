@@ -15,7 +15,7 @@ WAY = {
     "stentor/preparing.py: _fill": "reads a source until its shards hold what is wanted",
     "stentor/sources.py: clean_documents": "a row becomes a cleaned document, or a counted reason why not",
     "stentor/sources.py: documents": "rows of the source's files, from a cursor on, tried again where the hub fails",
-    "stentor/formats.py: _rows": "rows of one file, by its format, a block at a time",
+    "stentor/formats.py: rows_of": "rows of one file, by its format, a block at a time",
     "stentor/corpus.py: clean_text": "the card's cleaning",
     "stentor/preparing.py: _ShardWriter.add": "a megabyte of documents is gathered",
     "stentor/preparing.py: _ShardWriter.pack": "and becomes tokens and shards",
