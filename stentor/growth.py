@@ -106,10 +106,12 @@ def norms(model, origins: list):
 
 
 def shape_of(model) -> Shape:
-    """The Shape of a LlamaForCausalLM."""
+    """The Shape of a LlamaForCausalLM or Qwen3ForCausalLM."""
     config = model.config
-    return Shape(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)
-                    if field.name != "rope_theta"}, rope_theta=config.rope_parameters["rope_theta"])
+    same = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)
+            if field.name not in ("rope_theta", "qk_norm")}
+    return Shape(**same, rope_theta=config.rope_parameters["rope_theta"],
+                 qk_norm=config.model_type == "qwen3")
 
 
 def growth_problems(old: Shape, new: Shape, layers="spread") -> list[str]:
