@@ -9,7 +9,8 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     rules               a rule beside each field: how a shape and a recipe check themselves
     shapes tuning       what a model is, and the rates that suit it
     recipes published   what decides a run; every card's recipe, and its twins
-    hub formats corpus  asking the hub; reading people's files; the text that comes with Python
+    hub formats prose   asking the hub; reading people's files; sentences without mark-up
+    corpus              the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe
     preparing tokens    the token store: how it is filled, how it is read
     growing             the one that is filled while training reads it

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from stentor.files import ParameterError, cache_folder, write_atomically
+from stentor.prose import running_text
 
 
 def clean_text(text: str, preserve_linebreaks: bool = False) -> str:
@@ -65,18 +66,12 @@ def _docstrings(path: Path) -> list[str]:
     return [doc for doc in found if doc]
 
 
-def _is_prose(paragraph: str) -> bool:
-    """Running text, no parameter table, formula or doctest: long enough, and nearly all letters."""
-    letters = sum(character.isalpha() or character == " " for character in paragraph)
-    return len(paragraph) >= 80 and letters >= 0.88 * len(paragraph) and ">>>" not in paragraph
-
-
 def _extract(kind: str) -> list[str]:
     """All documents of an embedded corpus, in a fixed pseudo-random order (by hash), none twice.
 
-    prose: paragraphs of running English in docstrings, comments, package descriptions and the
-           language reference; one that occurred before is left out, so that no validation paragraph
-           was trained on.
+    prose: paragraphs of running English (`stentor.prose`) in docstrings, comments, package
+           descriptions and the language reference; one that occurred before is left out, so that no
+           validation paragraph was trained on.
     math:  whole docstrings of sympy, mpmath and scipy.
     code:  whole source files up to 100 kB.
     """
@@ -108,9 +103,8 @@ def _prose(found: list[list[str]]) -> list[str]:
     documents, seen = [], set()
     for strings in found + [[text] for text in descriptions + list(topics.values())]:
         kept = []
-        for paragraph in re.split(r"\n\s*\n", "\n\n".join(strings)):
-            paragraph = " ".join(paragraph.split())
-            if _is_prose(paragraph) and (key := paragraph.lower()) not in seen:
+        for paragraph in running_text("\n\n".join(strings)):
+            if (key := paragraph.lower()) not in seen:
                 seen.add(key)
                 kept.append(paragraph)
         documents.append("\n\n".join(kept))
@@ -133,7 +127,7 @@ def local_corpus(kind: str) -> Path:
         raise ParameterError([f"local:{kind} is not an embedded corpus; known: local:prose, local:code, "
                               "local:math."])
     files = _python_files(kind)
-    names = "extraction 1\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    names = "extraction 2\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
     cache = cache_folder()
     path = cache / f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
