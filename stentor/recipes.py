@@ -297,9 +297,8 @@ class Recipe:
         """What `to_dict` gave, or gave before some fields were there, with these at their defaults:
         a run of then is still the same one. Whatever else stays as it is."""
         def complete(record, known):
-            defaults = {f.name: f.default for f in dataclasses.fields(record)
-                        if f.default is not dataclasses.MISSING}
-            return {**defaults, **known}
+            return known | {f.name: f.default for f in dataclasses.fields(record)
+                            if f.name not in known and f.default is not dataclasses.MISSING}
         if not isinstance(values.get("shape"), dict):
             return values
         return {**complete(Recipe, values), "shape": complete(Shape, values["shape"])}

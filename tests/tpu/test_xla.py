@@ -62,6 +62,40 @@ def test_50_steps_on_8_devices_are_the_cpu_engines(stentor3, tiny, cpu_curve, tm
     assert abs(sum(alone) - len(alone)) <= 1 and max(alone) <= 2, ran
 
 
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory):
+    """(recipe, the CPU engine's losses, the run's folder on 8 devices) of Muon with QK-norm."""
+    recipe = dataclasses.replace(
+        tiny.recipe, shape=dataclasses.replace(tiny.recipe.shape, qk_norm=True), optimizer="muon", matrix_learning_rate=5e-3,
+        lr_scheduler_type="linear", initialization="residual_scaled", logging_steps=1)
+    folder = tmp_path_factory.mktemp("tuned")
+    _, expected, _ = run(recipe, tiny, folder / "cpu")
+    return recipe, expected, folder / "xla", run(recipe, tiny, folder / "xla", xla="CPU")
+
+
+def test_muon_and_qk_norm_on_8_devices_are_the_cpu_engines(tuned):
+    recipe, expected, folder, (summary, rows, _) = tuned
+    assert losses(rows) == pytest.approx(losses(expected), rel=1e-4) and len(losses(rows)) == 24
+    assert losses(rows, "eval") == pytest.approx(losses(expected, "eval"), rel=1e-4)
+    assert summary["optimizer"] == "stentor.MuonAdamW" and summary["compilations"] == 2
+    assert {row["compilations"] for row in rows if row["kind"] == "train"} == {2}
+    assert json.loads((folder / "final" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("then", ["CPU", None], ids=["xla", "cpu"])
+def test_a_run_with_muon_goes_on_from_its_middle(tuned, tiny, tmp_path, then):
+    """On XLA to the same bits, on the CPU engine to the same losses."""
+    recipe, expected, folder, _ = tuned
+    shutil.copytree(folder / "checkpoints" / "step-00000016", tmp_path / "checkpoints" / "step-00000016")
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
+    _, rows, log = run(recipe, tiny, tmp_path, xla=then)
+    assert any("going on from step 16 of 24" in line for line in log)
+    assert losses(rows) == pytest.approx(losses(expected), rel=1e-4)
+    for name in ("model", "optimizer") if then else ():
+        name = f"checkpoints/step-00000024/{name}.safetensors"
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 def test_the_final_evaluation_needs_no_graph_of_its_own(tiny, tmp_path):
     """What was saved is read back and measured by the evaluation's graph: three compilations would be a second one."""
     code = ("import sys, stentor.launch\nstentor.launch.train_from_file(sys.argv[1])\n"
