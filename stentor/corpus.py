@@ -66,6 +66,11 @@ def _docstrings(path: Path) -> list[str]:
     return [doc for doc in found if doc]
 
 
+def _paragraphs(path: Path) -> list[str]:
+    """The paragraphs of running English in one Python file."""
+    return running_text("\n\n".join(_docstrings(path)))
+
+
 def _extract(kind: str) -> list[str]:
     """All documents of an embedded corpus, in a fixed pseudo-random order (by hash), none twice.
 
@@ -80,8 +85,9 @@ def _extract(kind: str) -> list[str]:
         documents = [path.read_bytes().decode("utf-8", "replace") for path in files
                      if path.stat().st_size <= 100_000 and _is_drawn(path)]
     else:
+        read = _paragraphs if kind == "prose" else _docstrings
         with ProcessPoolExecutor(os.cpu_count(), mp_context=_fork()) as pool:
-            found = list(pool.map(_docstrings, files, chunksize=32))
+            found = list(pool.map(read, files, chunksize=32))
         documents = _prose(found) if kind == "prose" else map("\n\n".join, found)
     unique = {hashlib.sha256(text.encode()).digest(): text
               for text in documents if len(text) >= 200}
@@ -95,19 +101,17 @@ def _is_drawn(path: Path) -> bool:
 
 
 def _prose(found: list[list[str]]) -> list[str]:
-    """The running text in `found`, in package descriptions and in Python's language reference."""
+    """`found` with the running text of package descriptions and of Python's language reference:
+    the paragraphs of each as one document, none twice."""
     from pydoc_data.topics import topics
     packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))
     descriptions = [path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
                     for path in packages]
-    documents, seen = [], set()
-    for strings in found + [[text] for text in descriptions + list(topics.values())]:
-        kept = []
-        for paragraph in running_text("\n\n".join(strings)):
-            if (key := paragraph.lower()) not in seen:
-                seen.add(key)
-                kept.append(paragraph)
-        documents.append("\n\n".join(kept))
+    seen, documents = set(), []
+    for paragraphs in found + [running_text(text) for text in [*descriptions, *topics.values()]]:
+        new = {text.lower(): text for text in reversed(paragraphs) if text.lower() not in seen}
+        seen.update(new)
+        documents.append("\n\n".join(reversed(new.values())))
     return documents
 
 

@@ -45,7 +45,7 @@ def without_marks(text: str) -> str:
     """A paragraph as one line: what reStructuredText and Markdown mark, without the marks."""
     text = _ROLE.sub(r"\1", text).replace("``", "`")
     text = _MARKS.sub(lambda found: found[found.lastindex], text)
-    return " ".join(text.split())
+    return " ".join(text.replace("`", "").split())
 
 
 def is_english(line: str) -> bool:
