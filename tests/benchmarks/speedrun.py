@@ -11,10 +11,10 @@ neighbours of the target log(tokens) is interpolated. Time is that of a whole pr
 model included, at the same place between the same two runs; contestants alternate, and each seed turns their order round.
 
 Parts: `target` (card, card at the twin's own rate, ours), `trainer` (the card's recipe in transformers.Trainer, by default
-and in bf16), `ablation` (each ingredient of ours taken away alone, at the tokens where ours met the target), `widths` (the
-target at other widths, rates by the rule), `nanochat`. Every run is kept in outputs/speedrun/runs/, so a call goes on where
-the last one stopped. Writes outputs/speedrun.json, outputs/benchmarks/speedrun.md (which `make results` shows) and
-outputs/speedrun/ratio.png.
+and in bf16), `ablation` (each ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at
+--ablation-share of the tokens, `widths` (the target at other widths, rates by the rule), `nanochat`. Every run is kept in
+outputs/speedrun/runs/, so a call goes on where the last one stopped. Writes outputs/speedrun.json,
+outputs/benchmarks/speedrun.md (which `make results` shows) and outputs/speedrun/ratio.png.
 """
 import argparse
 import dataclasses
@@ -37,7 +37,7 @@ from stentor.tuning import tuned_rates  # noqa: E402
 
 CARD, OURS = "stentor2-12m", "stentor2-12m-tuned-qk"
 SHARES = (0.08, 0.1, 0.125, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.42, 0.5, 0.7, 1.0)    # of the card's tokens
-PARTS = ("target", "trainer", "ablation", "widths", "nanochat")
+PARTS = ("target", "trainer", "ablation", "tried", "widths", "nanochat")
 NEVER = 2**31                                         # steps: no evaluation but the first and the last
 FIGURES = ("parameters", "matrix_parameters", "tokens", "eval_loss", "bits_per_byte", "train_seconds")
 TITLES = {"card": "card's recipe, our loop", "card-own-rate": "the same at 4e-3, the rate that suits the twin",
@@ -93,6 +93,23 @@ def without_one() -> dict[str, dict]:
                                ("fp32_norms", "fp32_critical_first", "fp32_critical_last", "fp32_softmax")},
         "torch_compile": {"torch_compile": False, "attn_implementation": "sdpa"}}
     return {name: fields for name, fields in away.items() if dataclasses.replace(ours, **fields) != ours}
+
+
+def tried() -> dict[str, dict]:
+    """{what might pay beside ours: its fields}: what did not is in the table with its figure."""
+    ours = su.find_recipe(OURS, "cpu")
+    return {
+        "zero projections": {"initialization": "zero_projections"},
+        "average of the weights, 0.99": {"ema_decay": 0.99},
+        "no weight decay": {"weight_decay": 0.0},
+        "ten times the weight decay": {"weight_decay": 0.1},
+        "warm-up of 1%": {"warmup_ratio": 0.01},
+        "constant rate, then a decay over 40%": {"lr_scheduler_type": "warmup_stable_decay", "stable_ratio": 0.55},
+        "half the batch": {"per_device_train_batch_size": ours.per_device_train_batch_size // 2},
+        "Muon at half the rate": {"matrix_learning_rate": (ours.matrix_learning_rate or 0) / 2},
+        "Muon at twice the rate": {"matrix_learning_rate": 2 * (ours.matrix_learning_rate or 0)},
+        "AdamW at half the rate": {"learning_rate": ours.learning_rate / 2},
+        "AdamW at twice the rate": {"learning_rate": 2 * ours.learning_rate}}
 
 
 # What the figures come to.
@@ -216,11 +233,13 @@ class Speedrun:
         for who, mixed in (("trainer", False), ("trainer-bf16", True)):
             self.run(who, recipe, mixed=mixed)
 
-    def ablation(self, seed: int, tokens: int) -> None:
-        ours = our_recipe(tokens, seed, self.given.width)
+    def changed(self, seed: int, kind: str, changes: dict[str, dict]) -> None:
+        """Ours and each change to it alone; kind: "without" or "with"."""
+        ours = our_recipe(int(self.given.ablation_share * self.given.tokens), seed, self.given.width)
         self.run("ours", ours)
-        for name, fields in without_one().items():
-            self.run(f"without {name}", dataclasses.replace(ours, **fields))
+        for name, fields in changes.items():
+            self.run(f"{kind} {name}", dataclasses.replace(ours, **fields))
+            self.report()
 
     def nanochat(self, seed: int) -> None:
         recipe = our_recipe(self.given.tokens, seed, self.given.width)
@@ -237,9 +256,10 @@ class Speedrun:
             for do, *arguments in steps[::-1 if i % 2 else 1]:
                 do(*arguments)
                 self.report()
-        for seed in given.seeds[:given.ablation_seeds] if "ablation" in given.parts else ():
-            self.ablation(seed, int(given.ablation_share * given.tokens))
-            self.report()
+        for seed in given.seeds[:given.ablation_seeds]:
+            for part, kind, changes in (("ablation", "without", without_one()), ("tried", "with", tried())):
+                if part in given.parts:
+                    self.changed(seed, kind, changes)
         for width in given.widths if "widths" in given.parts else ():
             for seed in given.seeds[:given.width_seeds]:
                 self.target(seed, width, given.tokens, own_rate=False)
@@ -278,7 +298,7 @@ def ratio(runs, card: dict) -> dict:
 
 
 def summarised(runs: list[dict], tokens: int) -> dict:
-    """{"ratios", "to_own_rate", "times", "away"}: see `ratio` and `taken_away`.
+    """{"ratios", "to_own_rate", "times", "away", "tried"}: see `ratio` and `changes`.
 
     times: seconds of each contestant to the target, and ours' share of them, by seed.
     """
@@ -292,16 +312,18 @@ def summarised(runs: list[dict], tokens: int) -> dict:
             times += [{"who": who, "seed": row["seed"], "width": row["width"], "seconds": run["seconds"],
                        "eval_loss": run["eval_loss"], "share": row["seconds"] / run["seconds"]}
                       for run in of(runs, who, seed=row["seed"], width=row["width"], budget=tokens)]
-    return {"ratios": ratios, "to_own_rate": against("card-own-rate"), "times": times, "away": taken_away(runs)}
+    return {"ratios": ratios, "to_own_rate": against("card-own-rate"), "times": times,
+            "away": changes(runs, "without "), "tried": changes(runs, "with ")}
 
 
-def taken_away(runs: list[dict]) -> dict[str, list[dict]]:
-    """{ingredient: [{"seed", "bits_per_byte" and "seconds", both more than ours of the same tokens}]}"""
+def changes(runs: list[dict], kind: str) -> dict[str, list[dict]]:
+    """{what was changed, named after the word `kind`: [{"seed", "tokens", "bits_per_byte", "seconds"}]}, the last two as
+    more than ours of the same seed and tokens."""
     found = {}
     for run in runs:
-        if run["who"].startswith("without "):
+        if run["who"].startswith(kind):
             ours = of(runs, "ours", seed=run["seed"], width=run["width"], budget=run["budget"])[0]
-            found.setdefault(run["who"].removeprefix("without "), []).append(
+            found.setdefault(run["who"].removeprefix(kind), []).append(
                 {"seed": run["seed"], "tokens": run["tokens"], "bits_per_byte": run["bits_per_byte"] - ours["bits_per_byte"],
                  "seconds": run["seconds"] - ours["seconds"]})
     return found
@@ -329,10 +351,11 @@ def markdown(report: dict) -> str:
         of_width = {width: [row for row in report["ratios"] if row["width"] == width] for width in widths}
         parts.append(table(["hidden_size", "parameters", "share of the card's tokens"], [
             [width, f"{rows[0]['parameters']:,}", means(rows, "share")] for width, rows in of_width.items()]))
-    if report["away"]:
-        parts.append(table(["taken away alone", "tokens", "bits per byte more", "seconds more"], [
-            [name, f"{rows[0]['tokens']:,}", means(rows, "bits_per_byte", "{:+.4f}"), means(rows, "seconds", "{:+.0f}")]
-            for name, rows in report["away"].items()]))
+    for key, title in (("away", "taken away alone"), ("tried", "added alone")):
+        if report[key]:
+            parts.append(table([title, "tokens", "bits per byte more", "seconds more"], [
+                [name, f"{rows[0]['tokens']:,}", means(rows, "bits_per_byte", "{:+.4f}"), means(rows, "seconds", "{:+.0f}")]
+                for name, rows in report[key].items()]))
     if nanochat := of(report["runs"], "nanochat", width=report["width"]):
         ours = [of(report["runs"], "ours", seed=run["seed"], width=run["width"], budget=run["budget"])[0] for run in nanochat]
         parts.append(table(["", "parameters", "tokens", "bits per byte", "seconds"], [
