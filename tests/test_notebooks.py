@@ -192,7 +192,7 @@ def tpu_run(chain):
     """03 with its CPU twin on the CPU engine, with the chain's tokenizer; XLA with 8 virtual devices: make tpu-test."""
     folder, _ = chain
     done = run(f"OUTPUTS={folder.parent}", "RUN=tpu", f"TOKENIZER={folder / 'tokenizer'}", "TOKEN_BUDGET=200000",
-               "OVERRIDES={'max_eval_samples': 20}", notebooks=["03_pretrain_tpu"])
+               "OVERRIDES={'max_eval_samples': 20, 'torch_compile': False}", notebooks=["03_pretrain_tpu"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder.parent / "tpu", done.stdout
 
