@@ -9,6 +9,7 @@ import stentor_utils as su
 from stentor.checkpoints import fingerprint_differences, recipe_fingerprint
 from stentor.recipes import DRAW, RESUME
 from stentor.rules import free_fields
+from stentor.tuning import tuned_rates
 
 R = su.RECIPES
 
@@ -128,6 +129,17 @@ def test_tuned_twins_are_the_cards_models_on_the_cards_data():
         fields = {field for field, _, _ in tuned.difference(card)}
         assert {"name", "optimizer", "matrix_learning_rate", "lr_scheduler_type"} <= fields
         assert ("shape.qk_norm" in fields) == name.endswith("-qk")
+
+
+def test_tuned_rates_follow_the_width_alone():
+    """Swept at 128; the update's spectral norm, 0.2 sqrt(width) x rate, is the same at every width,
+    so four times as wide is half the rate."""
+    at = {width: tuned_rates(su.Shape(4096, width, 3 * width, 4, 2, 2)) for width in (64, 128, 512)}
+    for name in ("learning_rate", "matrix_learning_rate"):
+        assert at[512][name] == pytest.approx(at[128][name] / 2, rel=5e-3)
+        assert at[64][name] == pytest.approx(at[128][name] * 2**0.5, rel=5e-3)
+    for recipe in (*su.TUNED.values(), su.find_recipe("stentor3-20m-tuned", "cpu")):
+        assert tuned_rates(recipe.shape).items() <= vars(recipe).items()
 
 
 def test_a_run_of_before_a_field_was_there_is_still_the_same():

@@ -65,9 +65,7 @@ def test_50_steps_on_8_devices_are_the_cpu_engines(stentor3, tiny, cpu_curve, tm
 @pytest.fixture(scope="module")
 def tuned(tiny, tmp_path_factory):
     """(recipe, the CPU engine's losses, the run's folder on 8 devices) of Muon with QK-norm."""
-    recipe = dataclasses.replace(
-        tiny.recipe, shape=dataclasses.replace(tiny.recipe.shape, qk_norm=True), optimizer="muon", matrix_learning_rate=5e-3,
-        lr_scheduler_type="linear", initialization="residual_scaled", logging_steps=1)
+    recipe = dataclasses.replace(tiny.tuned, logging_steps=1)
     folder = tmp_path_factory.mktemp("tuned")
     _, expected, _ = run(recipe, tiny, folder / "cpu")
     return recipe, expected, folder / "xla", run(recipe, tiny, folder / "xla", xla="CPU")
@@ -157,8 +155,10 @@ def test_micro_batches_in_the_graph_and_an_odd_last_step(tiny, tmp_path):
     assert summary["compilations"] == 2 and summary["tokens"] == (5 * 32 + 20) * 64
 
 
-def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
+@pytest.mark.parametrize("twin", ["recipe", "tuned"])
+def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path, twin):
+    recipe = getattr(tiny, twin)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
 import sys, stentor.launch, stentor.xla
@@ -183,7 +183,7 @@ stentor.launch.train_from_file(sys.argv[1])
     assert state["updates"] == 22 and np.isfinite(summary["eval_loss"])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["learning_rate"] for row in rows if row["kind"] == "train"}
-    assert rates[4] == pytest.approx(tiny.recipe.learning_rate_at(2))         # one behind: the schedule waited
+    assert rates[4] == pytest.approx(recipe.learning_rate_at(2))         # one behind: the schedule waited
 
 
 def test_what_xla_cannot_do_is_refused(tiny, tmp_path):
