@@ -25,6 +25,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
+    vocabulary alone    a vocabulary built from text; what a notebook takes where no other ran
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
@@ -32,7 +33,9 @@ tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside 
 import importlib
 import sys
 
-from stentor import statistics                                                                      # noqa: F401
+from stentor import statistics, vocabulary                                                                      # noqa: F401
+from stentor.alone import (                                                                       # noqa: F401
+    EFFORT, bring, build_tokenizer, find_model, offline_problem, published_model, read_source)
 from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
@@ -44,9 +47,10 @@ from stentor.files import (                                                     
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.growth import grow_model                                                               # noqa: F401
+from stentor.kaggle import how_to_go_on, internet, on_kaggle, room_problem, stop_here               # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
-    budget_table, card_table, precision_table, summary_table, write_samples)
+    budget_table, card_table, precision_table, show_source, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
 from stentor.opening import open_run, rules                                                         # noqa: F401
