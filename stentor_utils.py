@@ -7,12 +7,14 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     secrets files       errors for readers, atomic writes, run locks; what a secret looks like
     parameters session  rules for notebook parameters; hardware, deadline, run folder
     rules               a rule beside each field: how a shape and a recipe check themselves
-    shapes recipes      what decides a run; `published` holds every card's recipe
+    shapes tuning       what a model is, and the rates that suit it
+    recipes published   what decides a run; every card's recipe, and its twins
     hub formats corpus  asking the hub; reading people's files; the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe
     preparing tokens    the token store: how it is filled, how it is read
     growing             the one that is filled while training reads it
-    precision model     the cards' precision techniques; build, initialise, sample
+    stock precision     the two stock architectures; the cards' precision techniques
+    model               build, initialise, sample
     folders growth loss saved models; a small one made larger; the loss without logits in memory
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
@@ -52,7 +54,7 @@ from stentor.parameters import (                                                
     check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
-from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, find_recipe                           # noqa: F401
+from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
 from stentor.session import (                                                                       # noqa: F401

@@ -18,7 +18,7 @@ from stentor.files import ParameterError, StentorError, TrainingFailed
 from stentor.launch import fill_from_file, train_from_file
 from stentor.notebooks import read_value, run_notebooks
 from stentor.parameters import items, number, shown
-from stentor.published import RECIPES
+from stentor.published import RECIPES, TUNED
 from stentor.results import print_spread, print_summary, run_seeds, write_results
 from stentor.secrets import redact
 from stentor.session import find_outputs
@@ -27,12 +27,17 @@ from stentor.train import TrainingDiverged
 
 
 def print_recipes() -> None:
-    """One line a recipe: the published shapes and budgets, all derived."""
-    print(f"{'recipe':22}{'parameters':>12}{'steps':>8}{'tokens':>15}  published")
+    """One line a recipe, then one a tuned twin: shapes, budgets and rates, all derived."""
+    def line(recipe, more):
+        print(f"{recipe.name:30}{count_parameters(recipe.shape):>12,}{recipe.total_steps:>8,}"
+              f"{recipe.total_tokens:>15,}  {more}")
+    print(f"{'recipe':30}{'parameters':>12}{'steps':>8}{'tokens':>15}  published")
     for recipe in RECIPES.values():
-        published = ", ".join(f"{key} {value:,}" for key, value in recipe.published.items())
-        print(f"{recipe.name:22}{count_parameters(recipe.shape):>12,}{recipe.total_steps:>8,}"
-              f"{recipe.total_tokens:>15,}  {published}")
+        line(recipe, ", ".join(f"{key} {value:,}" for key, value in recipe.published.items()))
+    print(f"\n{'tuned twin':30}{'parameters':>12}{'steps':>8}{'tokens':>15}  "
+          "learning_rate, matrix_learning_rate")
+    for recipe in TUNED.values():
+        line(recipe, f"{recipe.learning_rate:.3g}, {recipe.matrix_learning_rate:.3g}")
 
 
 def read_pairs(pairs: list[str]) -> dict[str, str]:

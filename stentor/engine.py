@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stentor.loss import compile_layers, use_chunked_loss
-from stentor.optimizers import make_optimizer, parameter_groups
+from stentor.optimizers import make_optimizer, optimizer_groups, set_learning_rate
 from stentor.recipes import Recipe
 
 
@@ -76,8 +76,8 @@ class Engine:
         return model
 
     def optimizer(self, model, recipe: Recipe, say=print):
-        groups = parameter_groups(model, recipe.weight_decay)
-        return make_optimizer(recipe, groups, self.device, say)
+        groups = optimizer_groups(model, recipe)
+        return make_optimizer(recipe, groups, self.device, say, self.mixed_precision)
 
     def prepare(self, model, torch_compile: bool = False):
         """The model to call in the loop: the chunked loss; DistributedDataParallel when there are
@@ -135,8 +135,7 @@ class Engine:
         self.scaler.unscale_(optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.max_grad_norm)
         self.learning_rate = self.recipe.learning_rate_at(self.updates)
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        set_learning_rate(optimizer, self.learning_rate)
         finite = bool(torch.isfinite(self.grad_norm))
         self.loss_scale = self.scaler.get_scale()
         if finite:

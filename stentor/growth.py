@@ -57,7 +57,7 @@ def grow_model(model, shape: Shape, *, layers="spread", function_preserving: boo
             targets[name].zero_()
         if source is not None:
             place = torch.tensor(rows)[:, None], torch.tensor(columns)
-            normed = qk_norm(old) and name.endswith(("q_proj.weight", "k_proj.weight"))
+            normed = old.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight"))
             targets[name][place] = source.float().cpu() * (math.sqrt(narrower) if normed else 1.0)
             grown.copied_parameters += source.numel()
     if function_preserving:                           # new words begin as the average of the old ones
@@ -113,7 +113,7 @@ def norms(model, origins: list, narrower: float):
     """(name in the grown model, the old weight or None, the factor it gets) of every RMSNorm."""
     state, wider = model.state_dict(), math.sqrt(narrower)
     scales = {"input_layernorm": wider, "post_attention_layernorm": wider}
-    if qk_norm(shape_of(model)):                      # over a head: as wide as before
+    if shape_of(model).qk_norm:                      # over a head: as wide as before
         scales |= {"self_attn.q_norm": 1.0, "self_attn.k_norm": 1.0}
     for place, origin in enumerate(origins):
         for name, scale in scales.items():
@@ -124,10 +124,6 @@ def norms(model, origins: list, narrower: float):
 
 # The kinds of model in config.json, and whether they have q_norm and k_norm.
 KINDS = {"llama": False, "qwen3": True}
-
-
-def qk_norm(shape: Shape) -> bool:
-    return getattr(shape, "qk_norm", False)
 
 
 def model_problems(model) -> list[str]:
@@ -148,11 +144,11 @@ def model_problems(model) -> list[str]:
 
 def shape_of(model) -> Shape:
     """The Shape of a model that has no `model_problems`."""
-    config, fields = model.config, {field.name for field in dataclasses.fields(Shape)}
-    found = {name: getattr(config, name) for name in fields - {"rope_theta", "qk_norm"}}
-    if "qk_norm" in fields:
-        found["qk_norm"] = KINDS[config.model_type]
-    return Shape(**found, rope_theta=config.rope_parameters["rope_theta"])
+    config = model.config
+    same = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)
+            if field.name not in ("rope_theta", "qk_norm")}
+    return Shape(**same, rope_theta=config.rope_parameters["rope_theta"],
+                 qk_norm=KINDS[config.model_type])
 
 
 def growth_problems(old: Shape, new: Shape, layers="spread") -> list[str]:
@@ -171,8 +167,8 @@ def growth_problems(old: Shape, new: Shape, layers="spread") -> list[str]:
     if new.rope_theta != old.rope_theta:
         wrong.append(f"rope_theta = {new.rope_theta:g} is not the model's {old.rope_theta:g}; positions would be "
                      "read anew.")
-    if qk_norm(new) != qk_norm(old):
-        wrong.append(f"qk_norm = {qk_norm(new)} where the model has {qk_norm(old)}; with other norms its attention "
+    if new.qk_norm != old.qk_norm:
+        wrong.append(f"qk_norm = {new.qk_norm} where the model has {old.qk_norm}; with other norms its attention "
                      "would be another.")
     if new.tie_word_embeddings and not old.tie_word_embeddings:
         wrong.append("tie_word_embeddings = True cannot be had from a model whose two embeddings differ; leave it "

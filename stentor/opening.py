@@ -13,7 +13,7 @@ from stentor.kaggle import adopt, how_to_go_on, is_finished, on_kaggle, stop_her
 from stentor.launch import launch
 from stentor.parameters import (
     items, number, read_parameters, run_name, shown, split_names, string, writable_folder)
-from stentor.published import ALL_RECIPES, find_recipe
+from stentor.published import ALL_RECIPES, card_recipe, find_recipe
 from stentor.recipes import Recipe
 from stentor.session import (
     absent_runs, find_outputs, find_profile, find_run, hours_left, session_end)
@@ -124,7 +124,7 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> Op
                                        leave=("tokens", "checkpoints"))
         problems += _find_folders(run, given, makes)
     if "RECIPE" in given and run.profile:
-        run.published = ALL_RECIPES[given["RECIPE"]]
+        run.published = card_recipe(given["RECIPE"])
         run.recipe = find_recipe(given["RECIPE"], run.profile)
         if "TOKENIZER" in spec:
             problems += _prepare_training(run, given, spec)

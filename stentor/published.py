@@ -1,4 +1,5 @@
-"""Every published recipe, its repaired form, and how a name and some overrides become one.
+"""Every published recipe, its repaired form, its tuned ones, and how a name and some overrides
+become one.
 
 Every figure is from the model card named; where a card contradicts itself the exact parameter count
 decides (the table in the design notes). What a card does not print is taken from the Preview's card
@@ -13,7 +14,7 @@ from stentor.files import ParameterError
 from stentor.parameters import shown
 from stentor.recipes import Recipe, Source
 from stentor.shapes import Shape
-
+from stentor.tuning import tuned_rates
 
 _FINEWEB_EDU = Source("fineweb-edu", "hf:HuggingFaceFW/fineweb-edu", config="sample-10BT")
 _FINEWEB_HQ = Source("fineweb-hq", "hf:epfml/FineWeb-HQ")
@@ -120,7 +121,32 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
 REPAIRED: dict[str, Recipe] = {
     f"{name}-repaired": dataclasses.replace(recipe, name=f"{name}-repaired", max_train_steps=None)
     for name, recipe in RECIPES.items()}
-ALL_RECIPES = {**RECIPES, **REPAIRED}
+
+
+def _tuned(recipe: Recipe, name: str, *, qk_norm: bool) -> Recipe:
+    """The twin of a card's recipe; rates by the rule of `stentor.tuning`."""
+    shape = dataclasses.replace(recipe.shape, qk_norm=qk_norm)
+    return dataclasses.replace(
+        recipe, name=name, shape=shape, optimizer="muon", lr_scheduler_type="linear",
+        initialization="residual_scaled", max_train_steps=None, **tuned_rates(shape))
+
+
+# The twin of each pretraining recipe by what paid in our own tables (README, "The speedrun"): the
+# card's parameters, data, budget and batch, with Muon and a straight decay to zero; also with
+# QK-norm, as Qwen3ForCausalLM.
+_PRETRAINING = {name: recipe for name, recipe in RECIPES.items() if name != _INSTRUCT.name}
+TUNED: dict[str, Recipe] = {
+    tuned.name: tuned for recipe in _PRETRAINING.values() for tuned in (
+        _tuned(recipe, f"{recipe.name}-tuned", qk_norm=False),
+        _tuned(recipe, f"{recipe.name}-tuned-qk", qk_norm=True))}
+ALL_RECIPES = {**RECIPES, **REPAIRED, **TUNED}
+
+
+def card_recipe(name: str) -> Recipe:
+    """The published recipe that `name` is, or is the twin of."""
+    for ending in ("-repaired", "-tuned", "-tuned-qk"):
+        name = name if name in RECIPES else name.removesuffix(ending)
+    return RECIPES[name]
 
 
 def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -> Recipe:
@@ -134,7 +160,8 @@ def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -
         near = difflib.get_close_matches(str(name), ALL_RECIPES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ParameterError([f"RECIPE = {shown(name)} is not known{hint}; known: "
-                              f"{', '.join(RECIPES)}, each also as ...-repaired."])
+                              f"{', '.join(RECIPES)}, each also as ...-repaired, ...-tuned "
+                              "and ...-tuned-qk."])
     recipe = ALL_RECIPES[name].scaled_to("cpu") if profile == "cpu" else ALL_RECIPES[name]
     recipe, problems = _overridden(recipe, overrides or {})
     if problems := problems + recipe.problems():
