@@ -42,7 +42,7 @@ from stentor.files import (                                                     
     write_atomically)
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
-from stentor.growth import grow_model                                                               # noqa: F401
+from stentor.growth import copied_share, grow_model                                                 # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
     budget_table, card_table, precision_table, summary_table, write_samples)
