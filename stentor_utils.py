@@ -62,8 +62,8 @@ from stentor.session import (                                                   
 from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget                # noqa: F401
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401
-    encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_problem,
-    tokenizer_sha256, vocabulary_rows)
+    bpe_tokenizer, encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_problem,
+    tokenizer_sha256, train_bpe, vocabulary_rows)
 from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 

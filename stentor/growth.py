@@ -183,6 +183,15 @@ def growth_problems(old: Shape, new: Shape, layers="spread") -> list[str]:
     return wrong
 
 
+def larger_shape(shape: Shape) -> Shape:
+    """`shape` enlarged as Stentor-Big's card enlarged Stentor-30M's: twice as wide, 10 / 7 as deep."""
+    return dataclasses.replace(
+        shape, hidden_size=2 * shape.hidden_size, intermediate_size=2 * shape.intermediate_size,
+        num_attention_heads=2 * shape.num_attention_heads,
+        num_key_value_heads=2 * shape.num_key_value_heads,
+        num_hidden_layers=max(shape.num_hidden_layers + 1, round(shape.num_hidden_layers * 10 / 7)))
+
+
 def layer_origins(old: int, new: int, layers="spread") -> list[int | None]:
     """For each of `new` layers the old layer that it is, or None for a new one.
 

@@ -163,6 +163,29 @@ def _rows_of_folder(folder: Path) -> int:
     return 1 + max(ids)
 
 
+# Byte-level BPE, the tokenizer of the Stentor v1 models.
+
+
+def train_bpe(texts: list[str], size: int):
+    """A byte-level BPE of `size` tokens, GPT-2's splitting into words, of the `tokenizers` package."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False),
+        length=len(texts))
+    return tokenizer
+
+
+def bpe_tokenizer(bpe):
+    """The transformers tokenizer of a `train_bpe`; </s> and <s> are two more tokens."""
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", bos_token="<s>",
+                                   pad_token="</s>", padding_side="left")
+
+
 # The tokenizer of a run.
 
 

@@ -147,7 +147,14 @@ class TokenStore:
         bytes: of the text in UTF-8. Evaluated in windows that overlap by one token, so each token
         is predicted exactly once and the summed loss divided by `bytes` is exact.
         """
-        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
-        ids = [np.fromfile(self.folder / entry["file"], "<u2") for entry in entries]
-        eos = np.array([self.manifest["eos_token_id"]], "<u2")
-        return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
+        return held_out_text(self.folder, self.manifest, self.names)
+
+
+def held_out_text(folder, manifest: dict | None = None, names=None) -> tuple[np.ndarray, int]:
+    """`TokenStore.validation` of any store, of the sources named; None: of all of them."""
+    manifest = manifest or json.loads((Path(folder) / "manifest.json").read_text())
+    sources = manifest["sources"]
+    entries = [sources[name]["validation"] for name in names or sources]
+    ids = [np.fromfile(Path(folder) / entry["file"], "<u2") for entry in entries]
+    eos = np.array([manifest["eos_token_id"]], "<u2")
+    return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)

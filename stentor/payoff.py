@@ -1,0 +1,230 @@
+"""Does growing pay? A small model, what it grows into, and the large one from scratch, over compute.
+
+    python -m stentor_utils growth outputs/growth [-p SEEDS=42,43,44 TOKENS=... ...]
+
+Each seed trains four kinds of run on one token store, through the one loop:
+
+    base     the small shape
+    grown    from the base, its function preserved; at each of several shares of scratch's compute
+    copied   from the base, the Stentor-Big card's way: blocks copied, the rest random
+    scratch  the large shape from nothing, with all of the compute
+
+The compute of grown and copied holds the base's. Each run's schedule ends with its budget, so a run
+is judged by its end: along its way the rate is still high, and its curve lies above what a shorter
+run would have reached.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stentor.charts import read_metrics
+from stentor.files import write_atomically
+from stentor.folders import load_model
+from stentor.growth import grow_model, larger_shape
+from stentor.launch import environment
+from stentor.model import build_model
+from stentor.preparing import prepare_tokens
+from stentor.recipes import Recipe
+from stentor.shapes import Shape, count_parameters, training_flops
+from stentor.tokens import TokenStore
+from stentor.train import train
+
+AIM = 0.6                                             # of scratch's compute: what growing should need
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is compared. recipe: of every run but for shape, budget, seed and rate, so its optimiser,
+    batch and data are all runs' own.
+
+    base_tokens: of the base. scratch_tokens: of the large shape from scratch, which are the compute
+    that all is measured by. shares: of that compute, for grown; 1.0 is copied's too. rate: factor of the
+    recipe's rates for a model that goes on (grown and copied alike): the base's end was at rate 0.
+    """
+    recipe: Recipe
+    base_tokens: int
+    scratch_tokens: int
+    shares: tuple[float, ...] = (AIM, 1.0)
+    rate: float = 0.5
+    evaluations: int = 6
+    large: Shape | None = field(default=None)
+
+    @property
+    def large_shape(self) -> Shape:
+        return self.large or larger_shape(self.recipe.shape)
+
+    def flops_per_token(self, kind: str) -> int:
+        shape = self.recipe.shape if kind == "base" else self.large_shape
+        return training_flops(shape, self.recipe.block_size)
+
+    @property
+    def base_flops(self) -> float:
+        return self.base_tokens * self.flops_per_token("base")
+
+    @property
+    def scratch_flops(self) -> float:
+        return self.scratch_tokens * self.flops_per_token("scratch")
+
+    def runs(self) -> dict[str, tuple[str, float]]:
+        """{name: (kind, tokens)} of one seed's runs, the base first."""
+        def after_base(share):
+            return (share * self.scratch_flops - self.base_flops) / self.flops_per_token("grown")
+        grown = {f"grown {share:.0%}": ("grown", after_base(share)) for share in self.shares}
+        return {"base": ("base", self.base_tokens), **grown,
+                "copied": ("copied", after_base(1.0)), "scratch": ("scratch", self.scratch_tokens)}
+
+    def recipe_of(self, name: str, seed: int) -> Recipe:
+        """The recipe of one run. What goes on from the base draws its batches anew."""
+        kind, tokens = self.runs()[name]
+        recipe, goes_on = self.recipe, kind in ("grown", "copied")
+        steps = max(1, round(tokens / recipe.tokens_per_step))
+        every = max(1, steps // self.evaluations)
+        rates = {rate: getattr(recipe, rate) * self.rate for rate in
+                 ("learning_rate", "matrix_learning_rate") if goes_on and getattr(recipe, rate)}
+        return dataclasses.replace(
+            recipe, name=f"{recipe.name} {name}", seed=seed + 1000 * goes_on, **rates,
+            shape=recipe.shape if kind == "base" else self.large_shape,
+            token_budget=steps * recipe.tokens_per_step, max_train_steps=None,
+            eval_steps=every, best_eval_steps=every, logging_steps=every)
+
+    def problems(self) -> list[str]:
+        """One sentence for each reason why this cannot be run."""
+        least = self.base_flops / self.scratch_flops
+        if wrong := [share for share in self.shares if not least < share]:
+            return [f"shares: {wrong[0]:g} of scratch's compute leaves nothing after the base, which is "
+                    f"{least:.0%} of it: lower base_tokens or raise scratch_tokens."]
+        return []
+
+
+def run_trial(trial: Trial, tokenizer, folder, seeds, say=print) -> dict:
+    """Every run of every seed, in <folder>/<run>-<seed>/, and <folder>/payoff.json, which is returned.
+
+    Runs that are done are kept, a killed one goes on. Writes the json after each seed.
+    """
+    from stentor.files import ParameterError
+    if problems := trial.problems():
+        raise ParameterError(problems)
+    folder, found = Path(folder), {}
+    store = trial_store(trial, tokenizer, folder)
+    for seed in seeds:
+        for name in trial.runs():
+            found.setdefault(name, []).append(run_one(trial, name, seed, store, tokenizer, folder, say))
+        result = {"machine": machine(), "recipe": trial.recipe.to_dict(), "seeds": list(seeds),
+                  "parameters": {"base": count_parameters(trial.recipe.shape),
+                                 "large": count_parameters(trial.large_shape)},
+                  "base_flops": trial.base_flops, "scratch_flops": trial.scratch_flops,
+                  "runs": found, "verdict": verdict(trial, found)}
+        write_atomically(folder / "payoff.json", json.dumps(result, indent=1))
+    return result
+
+
+def trial_store(trial: Trial, tokenizer, folder) -> Path:
+    """One token store for all runs, as long as the longest."""
+    longest = max(tokens for _, tokens in trial.runs().values())
+    recipe = trial.recipe
+    weights = sum(source.weight for source in recipe.sources)
+    wanted = {source.name: int(longest * source.weight / weights) + recipe.block_size
+              for source in recipe.sources}
+    return prepare_tokens(recipe.sources, tokenizer, Path(folder) / "tokens", tokens_per_source=wanted,
+                          validation_documents=recipe.max_eval_samples)
+
+
+def run_one(trial: Trial, name: str, seed: int, store_dir, tokenizer, folder, say) -> dict:
+    """{"seed", "loss", "curve": [[tokens, loss], ...]} of one run; base-<seed> must be there for grown."""
+    recipe, (kind, _) = trial.recipe_of(name, seed), trial.runs()[name]
+    run_dir = Path(folder) / f"{name.replace(' ', '-').replace('%', '')}-{seed}"
+    if kind in ("grown", "copied"):
+        model = grow_model(load_model(Path(folder) / f"base-{seed}" / "final"), trial.large_shape,
+                           function_preserving=kind == "grown", seed=seed)
+    else:
+        model = build_model(recipe.shape, seed, initialization=recipe.initialization,
+                            attn_implementation=recipe.attn_implementation,
+                            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
+    say(f"--- {name}, seed {seed}")
+    # In this process: a dozen runs of a few seconds, which a process each would double.
+    summary = train(recipe, TokenStore(store_dir, recipe), run_dir, tokenizer=tokenizer, model=model,
+                    say=say)
+    curve = [[row["tokens"], row["loss"]] for row in read_metrics(run_dir / "metrics.jsonl")
+             if row["kind"] == "eval"]
+    return {"seed": seed, "loss": summary["eval_loss"], "seconds": summary["seconds"], "curve": curve,
+            "flops_per_token": trial.flops_per_token(kind), "before": trial.base_flops * (
+                kind in ("grown", "copied"))}
+
+
+def verdict(trial: Trial, found: dict) -> dict:
+    """Whether growing reached the loss of from-scratch with AIM of its compute, and at what share it did.
+
+    "gap": {run: [loss - scratch's loss, a seed]}, below 0 is better. "reached": {seed: share of
+    scratch's compute, base counted, at which grown's curve was first at scratch's end, or None};
+    "reached_uncounted" the same without the base's. "caught_up": {seed: FLOPs at which scratch's curve first was
+    at or below grown's, or None}. "pays": every seed's run at AIM is at most scratch's. "sentence".
+    """
+    scratch = [run["loss"] for run in found["scratch"]]
+    gap = {name: [run["loss"] - end for run, end in zip(runs, scratch)]
+           for name, runs in found.items() if name not in ("base", "scratch")}
+    at_aim = gap.get(f"grown {AIM:.0%}", [])
+    longest = f"grown {max(trial.shares):.0%}"
+    reached, uncounted, caught = {}, {}, {}
+    for long, end in zip(found[longest], found["scratch"]):
+        flops = first_at(long, end["loss"])
+        reached[end["seed"]] = flops and (flops + long["before"]) / trial.scratch_flops
+        uncounted[end["seed"]] = flops and flops / trial.scratch_flops
+        caught[end["seed"]] = catches_up(end, long)
+    pays = bool(at_aim) and max(at_aim) <= 0
+    return {"pays": pays, "gap": gap, "reached": reached, "reached_uncounted": uncounted,
+            "caught_up": caught, "sentence": sentence(trial, gap, pays)}
+
+
+def sentence(trial: Trial, gap: dict, pays: bool) -> str:
+    """The verdict in words, with the figures that it is from."""
+    aim = f"grown {AIM:.0%}"
+    share, mean = trial.base_flops / trial.scratch_flops, statistics.mean
+    if aim not in gap:
+        return "Not measured: no run had that share of the compute."
+    said = (f"with {AIM:.0%} of the compute, the base's {share:.0%} counted, grown ended "
+            f"{abs(mean(gap[aim])):.3f} nats/token {'below' if mean(gap[aim]) <= 0 else 'above'} "
+            f"from scratch (mean of {len(gap[aim])} seeds, from {min(gap[aim]):+.3f} to "
+            f"{max(gap[aim]):+.3f})")
+    if pays:
+        return f"It pays here: {said}."
+    whole = mean(gap[f"grown {max(trial.shares):.0%}"])
+    why = (f"at {max(trial.shares):.0%} it is {'ahead' if whole < 0 else 'behind'} by {abs(whole):.3f}: "
+           + ("the small model bought a lead, but less than the compute it took" if whole < 0 else
+              "what the small model learnt is worth less than the steps it cost"))
+    return f"It does not pay here: {said}; {why}."
+
+
+def first_at(run: dict, loss: float) -> float | None:
+    """FLOPs, without the base's, at which a run's curve first is at `loss`; a line between evaluations."""
+    before = None
+    for tokens, value in run["curve"]:
+        flops = tokens * run["flops_per_token"]
+        if value <= loss:
+            if before is None or before[1] == value:
+                return flops
+            part = (before[1] - loss) / (before[1] - value)
+            return before[0] + part * (flops - before[0])
+        before = flops, value
+    return None
+
+
+def catches_up(scratch: dict, grown: dict) -> float | None:
+    """FLOPs, the base's counted, at which scratch's curve first is not above grown's; None: never."""
+    import numpy as np
+    at = [tokens * grown["flops_per_token"] + grown["before"] for tokens, _ in grown["curve"]]
+    losses = [loss for _, loss in grown["curve"]]
+    for tokens, loss in scratch["curve"]:
+        flops = tokens * scratch["flops_per_token"]
+        if at[0] <= flops <= at[-1] * 1.02 and loss <= np.interp(flops, at, losses):
+            return flops
+    return None
+
+
+def machine() -> dict:
+    found = environment()
+    return {key: found[key] for key in ("cpu", "cpu_count", "gpus", "python", "platform")} | {
+        "torch": found["packages"].get("torch")}
