@@ -16,6 +16,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     stock precision     the two stock architectures; the cards' precision techniques
     model               build, initialise, sample
     folders growth loss saved models; a small one made larger; the loss without logits in memory
+    stages              a store whose evaluations measure the texts of other stages too
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
@@ -24,6 +25,8 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
+    curriculum payoff   stages one after the other; whether growing pays, over compute
+    master_test         a hundred fragments, continued and scored by rules
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
@@ -36,25 +39,32 @@ from stentor.card import check_model_card, measure_limitations, write_model_card
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
+from stentor.curriculum import (                                                                    # noqa: F401
+    accounting, forgetting, local_stages, parameters_apart, prepare_stages, run_stages, write_curriculum)
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
     write_atomically)
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
-from stentor.growth import copied_share, grow_model                                                 # noqa: F401
+from stentor.growth import (                                                                        # noqa: F401
+    copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems,
+    shape_of)
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
     budget_table, card_table, precision_table, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
+from stentor.master_test import read_test, run_master_test                                          # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
 from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
     check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
+from stentor.payoff import (                                                                        # noqa: F401
+    Trial, keep_small_tokenizer, run_trial, small_trial, train_base)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
-from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
+from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
 from stentor.session import (                                                                       # noqa: F401
@@ -62,8 +72,8 @@ from stentor.session import (                                                   
 from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget                # noqa: F401
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401
-    bpe_tokenizer, encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_problem,
-    tokenizer_sha256, train_bpe, vocabulary_rows)
+    bpe_tokenizer, encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer,
+    save_tokenizer, tokenizer_problem, tokenizer_sha256, train_bpe, vocabulary_rows)
 from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 

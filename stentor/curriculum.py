@@ -9,11 +9,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from stentor.charts import read_metrics
 from stentor.checkpoints import check_run
 from stentor.files import write_atomically
 from stentor.kaggle import adopt, how_to_go_on, stop_here
 from stentor.launch import launch
+from stentor.metrics import read_metrics
 from stentor.preparing import prepare_tokens
 from stentor.recipes import Recipe, Source
 from stentor.session import hours_left

@@ -127,9 +127,9 @@ KINDS = {"llama": False, "qwen3": True}
 
 
 def model_problems(model) -> list[str]:
-    """One sentence for each reason why a model is none that a Shape describes whole; what it has besides would be
-    lost without a word."""
-    config = model.config
+    """One sentence for each reason why a model, or its config, is none that a Shape describes whole; what it has
+    besides would be lost without a word."""
+    config = getattr(model, "config", model)
     if config.model_type not in KINDS:
         return [f"a {config.model_type} cannot be grown; only {' and '.join(KINDS)} models can."]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -143,8 +143,8 @@ def model_problems(model) -> list[str]:
 
 
 def shape_of(model) -> Shape:
-    """The Shape of a model that has no `model_problems`."""
-    config = model.config
+    """The Shape of a model, or of its config, that has no `model_problems`."""
+    config = getattr(model, "config", model)
     same = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)
             if field.name not in ("rope_theta", "qk_norm")}
     return Shape(**same, rope_theta=config.rope_parameters["rope_theta"],

@@ -16,20 +16,29 @@ run would have reached.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from stentor.charts import read_metrics
-from stentor.files import write_atomically
+import numpy as np
+
+from stentor.files import ParameterError, write_atomically
 from stentor.folders import load_model
 from stentor.growth import grow_model, larger_shape
 from stentor.launch import environment
+from stentor.metrics import read_metrics
 from stentor.model import build_model
+from stentor.notebooks import read_value
+from stentor.parameters import items, number, read_parameters, string
 from stentor.preparing import prepare_tokens
-from stentor.recipes import Recipe
+from stentor.published import ALL_RECIPES
+from stentor.recipes import Recipe, Source
 from stentor.shapes import Shape, count_parameters, training_flops
+from stentor.sources import clean_documents
+from stentor.tokenizer import (
+    bpe_tokenizer, load_tokenizer, save_tokenizer, train_bpe, vocabulary_rows)
 from stentor.tokens import TokenStore
 from stentor.train import train
 
@@ -51,7 +60,7 @@ class Trial:
     shares: tuple[float, ...] = (AIM, 1.0)
     rate: float = 0.5
     evaluations: int = 6
-    large: Shape | None = field(default=None)
+    large: Shape | None = None
 
     @property
     def large_shape(self) -> Shape:
@@ -100,12 +109,29 @@ class Trial:
         return []
 
 
+def small_trial(recipe: Recipe, rows: int, *, base_tokens: int = 400_000,
+                scratch_tokens: int = 400_000, **more) -> Trial:
+    """A trial that a CPU does in minutes: what `recipe` is about, on prose, from 0.3M to 1.1M parameters.
+
+    rows: of the tokenizer. more: other fields of Trial.
+    """
+    twin = recipe.scaled_to("cpu")
+    shape = dataclasses.replace(
+        twin.shape, vocab_size=rows, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    twin = dataclasses.replace(
+        twin, name="trial", shape=shape, sources=(Source("prose", "local:prose"),),
+        anneal_weights=None, block_size=128, per_device_train_batch_size=4, max_eval_samples=20,
+        save_every_minutes=1000, fp32_norms=False, fp32_critical_first=0, fp32_critical_last=0,
+        fp32_softmax=False, int8_qat=False, attn_implementation="sdpa")
+    return Trial(twin, base_tokens, scratch_tokens, **more)
+
+
 def run_trial(trial: Trial, tokenizer, folder, seeds, say=print) -> dict:
     """Every run of every seed, in <folder>/<run>-<seed>/, and <folder>/payoff.json, which is returned.
 
     Runs that are done are kept, a killed one goes on. Writes the json after each seed.
     """
-    from stentor.files import ParameterError
     if problems := trial.problems():
         raise ParameterError(problems)
     folder, found = Path(folder), {}
@@ -153,6 +179,12 @@ def run_one(trial: Trial, name: str, seed: int, store_dir, tokenizer, folder, sa
     return {"seed": seed, "loss": summary["eval_loss"], "seconds": summary["seconds"], "curve": curve,
             "flops_per_token": trial.flops_per_token(kind), "before": trial.base_flops * (
                 kind in ("grown", "copied"))}
+
+
+def train_base(trial: Trial, tokenizer, folder, seed: int, say=print) -> Path:
+    """The trial's base of one seed alone, as `run_trial` finds it again: the folder of the model."""
+    run_one(trial, "base", seed, trial_store(trial, tokenizer, folder), tokenizer, folder, say)
+    return Path(folder) / f"base-{seed}" / "final"
 
 
 def verdict(trial: Trial, found: dict) -> dict:
@@ -214,7 +246,6 @@ def first_at(run: dict, loss: float) -> float | None:
 
 def catches_up(scratch: dict, grown: dict) -> float | None:
     """FLOPs, the base's counted, at which scratch's curve first is not above grown's; None: never."""
-    import numpy as np
     at = [tokens * grown["flops_per_token"] + grown["before"] for tokens, _ in grown["curve"]]
     losses = [loss for _, loss in grown["curve"]]
     for tokens, loss in scratch["curve"]:
@@ -228,3 +259,42 @@ def machine() -> dict:
     found = environment()
     return {key: found[key] for key in ("cpu", "cpu_count", "gpus", "python", "platform")} | {
         "torch": found["packages"].get("torch")}
+
+
+# The command.
+
+
+def command(folder, given: dict[str, str]) -> str:
+    """`python -m stentor_utils growth FOLDER -p NAME=VALUE ...`; returns the verdict.
+
+    RECIPE (its optimiser and schedule), SEEDS, BASE_TOKENS, SCRATCH_TOKENS, RATE, TOKENIZER (a folder;
+    default: a BPE of 2,048 tokens, trained here). Raises ParameterError with all that is wrong.
+    """
+    kinds = {"SEEDS": "list[int]", "BASE_TOKENS": "int", "SCRATCH_TOKENS": "int", "RATE": "float",
+             "RECIPE": "str", "TOKENIZER": "str"}
+    rules = {"SEEDS": items(number(0, 2**31 - 1, integer=True)), "RATE": number(1e-6, 100),
+             "BASE_TOKENS": number(1, integer=True), "SCRATCH_TOKENS": number(1, integer=True),
+             "RECIPE": list(ALL_RECIPES), "TOKENIZER": string()}
+    values = {"SEEDS": [42, 43, 44], "BASE_TOKENS": 400_000, "SCRATCH_TOKENS": 400_000, "RATE": 0.5,
+              "RECIPE": "stentor-30m", "TOKENIZER": str(Path(folder) / "tokenizer")}
+    values |= {name: read_value(typed, kinds.get(name, "str"), False)
+               for name, typed in given.items()}
+    values, problems = read_parameters(values, rules, unknown=True)
+    if problems:
+        raise ParameterError(problems)
+    where = Path(values["TOKENIZER"])
+    if where == Path(folder) / "tokenizer":
+        keep_small_tokenizer(where)
+    tokenizer = load_tokenizer(where)
+    trial = small_trial(ALL_RECIPES[values["RECIPE"]], vocabulary_rows(tokenizer), rate=values["RATE"],
+                        base_tokens=values["BASE_TOKENS"], scratch_tokens=values["SCRATCH_TOKENS"])
+    return run_trial(trial, tokenizer, folder, values["SEEDS"])["verdict"]["sentence"]
+
+
+def keep_small_tokenizer(folder, rows: int = 2048) -> None:
+    """A BPE of `rows` tokens, trained on some prose, in `folder` if none is there."""
+    if not Path(folder).exists():
+        prose = clean_documents(Source("prose", "local:prose"))
+        texts = list(itertools.islice((text for text, wrong, _ in prose if not wrong), 800))
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(bpe_tokenizer(train_bpe(texts, rows - 2)), folder)
