@@ -61,7 +61,7 @@ from stentor.optimizers import parameter_groups                                 
 from stentor.parameters import (                                                                    # noqa: F401
     check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
 from stentor.payoff import (                                                                        # noqa: F401
-    Trial, keep_small_tokenizer, run_trial, small_trial, train_base)
+    Trial, run_trial, small_trial, small_trial_of, train_base)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401

@@ -75,7 +75,7 @@ def local_stages(stages, shape: Shape, *, tokens: int, rate: float = 2e-3, textb
             learning_rate=rate * stage.learning_rate / stages[0].learning_rate,
             per_device_train_batch_size=batch, max_eval_samples=HELD_OUT[sources[0].name],
             eval_steps=max(1, -(-steps // 2)), best_eval_steps=max(1, -(-steps // 2)),
-            logging_steps=max(1, steps // 20)))
+            logging_steps=max(1, steps // 20), gradient_checkpointing=False))
     return tuple(twins)
 
 

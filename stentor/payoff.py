@@ -31,7 +31,7 @@ from stentor.launch import environment
 from stentor.metrics import read_metrics
 from stentor.model import build_model
 from stentor.notebooks import read_value
-from stentor.parameters import items, number, read_parameters, string
+from stentor.parameters import items, number, read_parameters
 from stentor.preparing import prepare_tokens
 from stentor.published import ALL_RECIPES
 from stentor.recipes import Recipe, Source
@@ -42,6 +42,7 @@ from stentor.tokenizer import (
 from stentor.tokens import TokenStore
 from stentor.train import train
 
+TOKENS = 150_000                                      # of a small trial: three seeds in half of 6 minutes
 AIM = 0.6                                             # of scratch's compute: what growing should need
 
 
@@ -59,7 +60,7 @@ class Trial:
     scratch_tokens: int
     shares: tuple[float, ...] = (AIM, 1.0)
     rate: float = 0.5
-    evaluations: int = 6
+    evaluations: int = 5
     large: Shape | None = None
 
     @property
@@ -109,8 +110,8 @@ class Trial:
         return []
 
 
-def small_trial(recipe: Recipe, rows: int, *, base_tokens: int = 400_000,
-                scratch_tokens: int = 400_000, **more) -> Trial:
+def small_trial(recipe: Recipe, rows: int, *, base_tokens: int = TOKENS,
+                scratch_tokens: int = TOKENS, **more) -> Trial:
     """A trial that a CPU does in minutes: what `recipe` is about, on prose, from 0.3M to 1.1M parameters.
 
     rows: of the tokenizer. more: other fields of Trial.
@@ -121,7 +122,7 @@ def small_trial(recipe: Recipe, rows: int, *, base_tokens: int = 400_000,
         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
     twin = dataclasses.replace(
         twin, name="trial", shape=shape, sources=(Source("prose", "local:prose"),),
-        anneal_weights=None, block_size=128, per_device_train_batch_size=4, max_eval_samples=20,
+        anneal_weights=None, block_size=128, per_device_train_batch_size=4, max_eval_samples=12,
         save_every_minutes=1000, fp32_norms=False, fp32_critical_first=0, fp32_critical_last=0,
         fp32_softmax=False, int8_qat=False, attn_implementation="sdpa")
     return Trial(twin, base_tokens, scratch_tokens, **more)
@@ -267,28 +268,32 @@ def machine() -> dict:
 def command(folder, given: dict[str, str]) -> str:
     """`python -m stentor_utils growth FOLDER -p NAME=VALUE ...`; returns the verdict.
 
-    RECIPE (its optimiser and schedule), SEEDS, BASE_TOKENS, SCRATCH_TOKENS, RATE, TOKENIZER (a folder;
-    default: a BPE of 2,048 tokens, trained here). Raises ParameterError with all that is wrong.
+    RECIPE (its optimiser and schedule), SEEDS, BASE_TOKENS, SCRATCH_TOKENS, RATE. Raises ParameterError with all that is wrong.
     """
     kinds = {"SEEDS": "list[int]", "BASE_TOKENS": "int", "SCRATCH_TOKENS": "int", "RATE": "float",
-             "RECIPE": "str", "TOKENIZER": "str"}
+             "RECIPE": "str"}
     rules = {"SEEDS": items(number(0, 2**31 - 1, integer=True)), "RATE": number(1e-6, 100),
              "BASE_TOKENS": number(1, integer=True), "SCRATCH_TOKENS": number(1, integer=True),
-             "RECIPE": list(ALL_RECIPES), "TOKENIZER": string()}
-    values = {"SEEDS": [42, 43, 44], "BASE_TOKENS": 400_000, "SCRATCH_TOKENS": 400_000, "RATE": 0.5,
-              "RECIPE": "stentor-30m", "TOKENIZER": str(Path(folder) / "tokenizer")}
+             "RECIPE": list(ALL_RECIPES)}
+    values = {"SEEDS": [42, 43, 44], "BASE_TOKENS": TOKENS, "SCRATCH_TOKENS": TOKENS, "RATE": 0.5,
+              "RECIPE": "stentor-30m"}
     values |= {name: read_value(typed, kinds.get(name, "str"), False)
                for name, typed in given.items()}
     values, problems = read_parameters(values, rules, unknown=True)
     if problems:
         raise ParameterError(problems)
-    where = Path(values["TOKENIZER"])
-    if where == Path(folder) / "tokenizer":
-        keep_small_tokenizer(where)
-    tokenizer = load_tokenizer(where)
-    trial = small_trial(ALL_RECIPES[values["RECIPE"]], vocabulary_rows(tokenizer), rate=values["RATE"],
-                        base_tokens=values["BASE_TOKENS"], scratch_tokens=values["SCRATCH_TOKENS"])
+    trial, tokenizer = small_trial_of(
+        values["RECIPE"], folder, values["SCRATCH_TOKENS"], values["BASE_TOKENS"], rate=values["RATE"])
     return run_trial(trial, tokenizer, folder, values["SEEDS"])["verdict"]["sentence"]
+
+
+def small_trial_of(name: str, folder, scratch_tokens: int, base_tokens: int | None = None, **more):
+    """(the `small_trial` of a recipe by its name, its tokenizer): a BPE in <folder>/tokenizer, trained
+    on some prose if none is there. base_tokens: None: as many as scratch's."""
+    keep_small_tokenizer(Path(folder) / "tokenizer")
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+    return small_trial(ALL_RECIPES[name], vocabulary_rows(tokenizer), scratch_tokens=scratch_tokens,
+                       base_tokens=base_tokens or scratch_tokens, **more), tokenizer
 
 
 def keep_small_tokenizer(folder, rows: int = 2048) -> None:

@@ -106,8 +106,8 @@ _STENTOR_BIG = Recipe(                                # card: Stentor-Big, stage
     "stentor-big", Shape(32_768, 512, 2048, 30, 8, 8, 512), "hf:stas122/Stentor-Big",
     (_FINEWEB_EDU,), learning_rate=2e-4, adam_beta2=0.999, block_size=512, chunk_eos=True,
     per_device_train_batch_size=32, gradient_accumulation_steps=4, num_processes=1,
-    token_budget=279_000_000, mixed_precision="bf16", fp32_norms=False, fp32_critical_first=0,
-    gradient_checkpointing=True,
+    token_budget=279_000_000, max_eval_samples=500, mixed_precision="bf16", fp32_norms=False,
+    fp32_critical_first=0, gradient_checkpointing=True,
     published={"parameters": 142_639_104, "tokens": 279_000_000, "steps": 9_500, "batch": 128,
                "gpus": 1, "total_tokens": 2_330_000_000, "optimal_tokens": 2_880_000_000},
     unpublished=_BIG_UNSAID)
