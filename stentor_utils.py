@@ -39,8 +39,6 @@ from stentor.card import check_model_card, measure_limitations, write_model_card
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
-from stentor.curriculum import (                                                                    # noqa: F401
-    accounting, forgetting, local_stages, parameters_apart, prepare_stages, run_stages, write_curriculum)
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
@@ -54,14 +52,11 @@ from stentor.launch import environment, launch                                  
 from stentor.lesson import (                                                                        # noqa: F401
     budget_table, card_table, precision_table, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
-from stentor.master_test import read_test, run_master_test                                          # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
 from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
     check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
-from stentor.payoff import (                                                                        # noqa: F401
-    Trial, run_trial, small_trial, small_trial_of, train_base)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
@@ -78,10 +73,13 @@ from stentor.tokens import TokenStore, plan_sources, source_names               
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 
 
+LATE = ("benchmark", "charts", "curriculum", "master_test", "payoff")
+
+
 def __getattr__(name: str):
-    """`su.benchmark` and `su.charts`, when they are asked for: lm_eval is not in every image, and
-    matplotlib is not needed by what trains."""
-    if name not in ("benchmark", "charts"):
+    """`su.benchmark`, `su.charts` and the rest of LATE, when they are asked for: lm_eval is not in every
+    image, matplotlib is not needed by what trains, and what only 07 calls is not in every notebook."""
+    if name not in LATE:
         raise AttributeError(f"stentor_utils has no {name!r}")
     return importlib.import_module(f"stentor.{name}")
 

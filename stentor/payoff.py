@@ -41,6 +41,7 @@ from stentor.tokenizer import (
     bpe_tokenizer, load_tokenizer, save_tokenizer, train_bpe, vocabulary_rows)
 from stentor.tokens import TokenStore
 from stentor.train import train
+from stentor.tuning import tuned_rates
 
 TOKENS = 150_000                                      # of a small trial: three seeds in half of 6 minutes
 AIM = 0.6                                             # of scratch's compute: what growing should need
@@ -60,8 +61,10 @@ class Trial:
     scratch_tokens: int
     shares: tuple[float, ...] = (AIM, 1.0)
     rate: float = 0.5
+    base_decays: bool = True                          # False: its rate stays up, for a model to go on
     evaluations: int = 5
     large: Shape | None = None
+    large_fields: dict | None = None                  # of the large shape's recipe, such as its rates
 
     @property
     def large_shape(self) -> Shape:
@@ -91,10 +94,15 @@ class Trial:
         """The recipe of one run. What goes on from the base draws its batches anew."""
         kind, tokens = self.runs()[name]
         recipe, goes_on = self.recipe, kind in ("grown", "copied")
+        if kind != "base":
+            recipe = dataclasses.replace(recipe, **self.large_fields or {})
         steps = max(1, round(tokens / recipe.tokens_per_step))
         every = max(1, steps // self.evaluations)
         rates = {rate: getattr(recipe, rate) * self.rate for rate in
                  ("learning_rate", "matrix_learning_rate") if goes_on and getattr(recipe, rate)}
+        if kind == "base" and not self.base_decays:
+            recipe = dataclasses.replace(recipe, lr_scheduler_type="warmup_stable_decay",
+                                         stable_ratio=1 - recipe.warmup_ratio)
         return dataclasses.replace(
             recipe, name=f"{recipe.name} {name}", seed=seed + 1000 * goes_on, **rates,
             shape=recipe.shape if kind == "base" else self.large_shape,
@@ -124,7 +132,10 @@ def small_trial(recipe: Recipe, rows: int, *, base_tokens: int = TOKENS,
         twin, name="trial", shape=shape, sources=(Source("prose", "local:prose"),),
         anneal_weights=None, block_size=128, per_device_train_batch_size=4, max_eval_samples=12,
         save_every_minutes=1000, fp32_norms=False, fp32_critical_first=0, fp32_critical_last=0,
-        fp32_softmax=False, int8_qat=False, attn_implementation="sdpa")
+        fp32_softmax=False, int8_qat=False, attn_implementation="sdpa", torch_compile=False)
+    if twin.optimizer == "muon":                      # each size at the rates that its shape asks for
+        twin = dataclasses.replace(twin, **tuned_rates(shape))
+        more = {"large_fields": tuned_rates(larger_shape(shape)), **more}
     return Trial(twin, base_tokens, scratch_tokens, **more)
 
 
@@ -268,7 +279,8 @@ def machine() -> dict:
 def command(folder, given: dict[str, str]) -> str:
     """`python -m stentor_utils growth FOLDER -p NAME=VALUE ...`; returns the verdict.
 
-    RECIPE (its optimiser and schedule), SEEDS, BASE_TOKENS, SCRATCH_TOKENS, RATE. Raises ParameterError with all that is wrong.
+    RECIPE (its optimiser and schedule), SEEDS, BASE_TOKENS, SCRATCH_TOKENS, RATE. Raises
+    ParameterError with all that is wrong.
     """
     kinds = {"SEEDS": "list[int]", "BASE_TOKENS": "int", "SCRATCH_TOKENS": "int", "RATE": "float",
              "RECIPE": "str"}
@@ -276,7 +288,7 @@ def command(folder, given: dict[str, str]) -> str:
              "BASE_TOKENS": number(1, integer=True), "SCRATCH_TOKENS": number(1, integer=True),
              "RECIPE": list(ALL_RECIPES)}
     values = {"SEEDS": [42, 43, 44], "BASE_TOKENS": TOKENS, "SCRATCH_TOKENS": TOKENS, "RATE": 0.5,
-              "RECIPE": "stentor-30m"}
+              "RECIPE": "stentor-30m-tuned"}
     values |= {name: read_value(typed, kinds.get(name, "str"), False)
                for name, typed in given.items()}
     values, problems = read_parameters(values, rules, unknown=True)

@@ -12,14 +12,14 @@ BIG = su.CURRICULA["stentor-big"]
 
 def test_the_cards_accounting_does_not_agree_with_itself():
     """Tokens printed against steps x batch x 512: neither reading of the batch mends it (spec, section 1)."""
-    rows = su.accounting(BIG)
+    rows = su.curriculum.accounting(BIG)
     assert [row["tokens"] for row in rows] == [279_000_000, 1_030_000_000, 1_020_000_000]
     assert [row["steps_for_tokens"] for row in rows] == [4_257, 15_717, 10_376]
     assert [round(row["steps_x_batch"] / 1e6, 1) for row in rows] == [622.6, 426.0, 704.9]
     assert [round(row["per_gpu"] / 1e6) for row in rows] == [623, 852, 1_410]
     total = sum(row["tokens"] for row in rows)
     assert round(total / 1e9, 2) == 2.33 and round(100 * total / BIG[0].published["optimal_tokens"]) == 81
-    assert su.parameters_apart(BIG[0]) == 1_536 and su.count_parameters(BIG[0].shape) == 142_637_568
+    assert su.curriculum.parameters_apart(BIG[0]) == 1_536 and su.count_parameters(BIG[0].shape) == 142_637_568
 
 
 def test_stentor_big_has_what_its_card_says_and_nothing_of_another_card():
@@ -70,13 +70,13 @@ def test_a_growing_store_chunks_as_a_full_one_does(tiny, tmp_path):
 
 def test_the_small_twin_keeps_the_cards_proportions(tmp_path):
     shape = su.Shape(500, 32, 64, 3, 2, 2, 64)
-    stages = su.local_stages(BIG, shape, tokens=232_900, rate=2e-3)
+    stages = su.curriculum.local_stages(BIG, shape, tokens=232_900, rate=2e-3)
     assert [recipe.sources[0].path for recipe in stages] == ["local:prose", "local:code", "local:math"]
     assert [recipe.token_budget for recipe in stages] == [27_900, 103_000, 102_000]
     assert [recipe.learning_rate for recipe in stages] == pytest.approx([2e-3, 2e-3, 1.5e-3])
     assert [recipe.total_batch_size for recipe in stages] == [8, 8, 12]
     assert all(recipe.chunk_eos and recipe.shape == shape and recipe.problems() == [] for recipe in stages)
-    assert su.local_stages(BIG, shape, tokens=1000, textbooks=tmp_path)[2].sources[1].path == str(tmp_path)
+    assert su.curriculum.local_stages(BIG, shape, tokens=1000, textbooks=tmp_path)[2].sources[1].path == str(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +98,15 @@ def three_stages(tiny, tmp_path_factory):
     grown = su.grow_model(small, stages[0].shape)
     stages = [dataclasses.replace(stage, shape=su.shape_of(grown)) for stage in stages]
     su.save_model_folder(grown, tiny.tokenizer, folder / "grown")
-    su.prepare_stages(stages, tiny.tokenizer, folder)
-    summaries = su.run_stages(stages, folder / "grown", tiny.tokenizer_dir, folder, say=lambda text: None)
-    su.write_curriculum(folder, stages, summaries)
+    su.curriculum.prepare_stages(stages, tiny.tokenizer, folder)
+    summaries = su.curriculum.run_stages(stages, folder / "grown", tiny.tokenizer_dir, folder, say=lambda text: None)
+    su.curriculum.write_curriculum(folder, stages, summaries)
     return folder, stages, summaries, small
 
 
 def test_every_stage_goes_on_from_the_one_before_and_measures_every_text(three_stages, tiny):
     folder, stages, summaries, small = three_stages
-    rows = su.forgetting(folder, 3)
+    rows = su.curriculum.forgetting(folder, 3)
     assert [row["after"] for row in rows] == [0, 1, 2, 3] and all(len(row) == 4 for row in rows)
     logs = [[row for row in su.charts.read_metrics(folder / f"stage{n}" / "metrics.jsonl") if row["kind"] == "eval"]
             for n in (1, 2, 3)]
@@ -151,7 +151,7 @@ def test_stages_that_are_done_are_kept_and_other_ones_refused_before_any_is_trai
     before = (folder / "stage3" / "final" / "model.safetensors").read_bytes()
     other = [stages[0], dataclasses.replace(stages[1], learning_rate=1e-3), stages[2]]
     with pytest.raises(su.CheckpointError, match="learning_rate"):
-        su.run_stages(other, folder / "grown", tiny.tokenizer_dir, folder, say=lambda text: None)
+        su.curriculum.run_stages(other, folder / "grown", tiny.tokenizer_dir, folder, say=lambda text: None)
     assert (folder / "stage3" / "final" / "model.safetensors").read_bytes() == before
 
 

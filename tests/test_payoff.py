@@ -20,7 +20,7 @@ def test_flops_of_stentor_30m_by_hand():
 def trial(tiny):
     recipe = dataclasses.replace(tiny.recipe, name="trial", shape=su.Shape(len(tiny.tokenizer), 32, 64, 2, 2, 2, 64),
                                  gradient_accumulation_steps=1)
-    return su.Trial(recipe, base_tokens=10_000, scratch_tokens=20_000, evaluations=3)
+    return su.payoff.Trial(recipe, base_tokens=10_000, scratch_tokens=20_000, evaluations=3)
 
 
 def test_every_runs_compute_is_its_share_of_from_scratchs(trial):
@@ -63,7 +63,7 @@ def test_the_verdict_of_written_curves(trial):
 
 
 def test_a_tiny_trial_trains_every_run_of_every_seed_and_writes_it_down(trial, tiny, tmp_path):
-    found = su.run_trial(trial, tiny.tokenizer, tmp_path, [1], say=lambda text: None)
+    found = su.payoff.run_trial(trial, tiny.tokenizer, tmp_path, [1], say=lambda text: None)
     assert json.loads((tmp_path / "payoff.json").read_text())["runs"] == json.loads(json.dumps(found["runs"]))
     assert {name: len(seeds) for name, seeds in found["runs"].items()} == dict.fromkeys(trial.runs(), 1)
     for base, grown, copied in zip(*(found["runs"][name] for name in ("base", "grown 100%", "copied"))):
@@ -73,7 +73,7 @@ def test_a_tiny_trial_trains_every_run_of_every_seed_and_writes_it_down(trial, t
     ends = [run["loss"] for runs in found["runs"].values() for run in runs]
     assert len(set(ends)) == 5 and found["verdict"]["sentence"].startswith("It ")
     log = []
-    again = su.run_trial(trial, tiny.tokenizer, tmp_path, [1], say=log.append)    # what is done is kept
+    again = su.payoff.run_trial(trial, tiny.tokenizer, tmp_path, [1], say=log.append)    # what is done is kept
     assert [runs[0]["loss"] for runs in again["runs"].values()] == ends and not any("| loss" in line for line in log)
 
 
