@@ -200,46 +200,64 @@ def train_base(trial: Trial, tokenizer, folder, seed: int, say=print) -> Path:
 
 
 def verdict(trial: Trial, found: dict) -> dict:
-    """Whether growing reached the loss of from-scratch with AIM of its compute, and at what share it did.
+    """What the runs say, and why.
 
-    "gap": {run: [loss - scratch's loss, a seed]}, below 0 is better. "reached": {seed: share of
-    scratch's compute, base counted, at which grown's curve was first at scratch's end, or None};
-    "reached_uncounted" the same without the base's. "caught_up": {seed: FLOPs at which scratch's curve first was
-    at or below grown's, or None}. "pays": every seed's run at AIM is at most scratch's. "sentence".
+    "pays": with AIM of scratch's compute, the base's counted, grown ended at or below scratch's loss in
+    every seed; "ahead": with all of it. "gap": {run: [its loss - scratch's, a seed]}. "reached": {seed:
+    share of scratch's compute, base counted, at which the longest grown curve first was at scratch's end, or
+    None}, an upper bound: its rate is still high there; "reached_uncounted" the same without the base's.
+    "caught_up": {seed: FLOPs at which scratch's curve first was not above grown's, or None}. "lead": [scratch's
+    loss at the base's compute - the base's, a seed]. "sentence": all that in words.
     """
-    scratch = [run["loss"] for run in found["scratch"]]
-    gap = {name: [run["loss"] - end for run, end in zip(runs, scratch)]
+    ends = [run["loss"] for run in found["scratch"]]
+    gap = {name: [run["loss"] - end for run, end in zip(runs, ends)]
            for name, runs in found.items() if name not in ("base", "scratch")}
-    at_aim = gap.get(f"grown {AIM:.0%}", [])
-    longest = f"grown {max(trial.shares):.0%}"
-    reached, uncounted, caught = {}, {}, {}
-    for long, end in zip(found[longest], found["scratch"]):
-        flops = first_at(long, end["loss"])
-        reached[end["seed"]] = flops and (flops + long["before"]) / trial.scratch_flops
-        uncounted[end["seed"]] = flops and flops / trial.scratch_flops
-        caught[end["seed"]] = catches_up(end, long)
-    pays = bool(at_aim) and max(at_aim) <= 0
-    return {"pays": pays, "gap": gap, "reached": reached, "reached_uncounted": uncounted,
-            "caught_up": caught, "sentence": sentence(trial, gap, pays)}
+    longest = found[f"grown {max(trial.shares):.0%}"]
+    flops = {long["seed"]: first_at(long, end) for long, end in zip(longest, ends)}
+    said = {
+        "pays": max(gap.get(f"grown {AIM:.0%}", [np.inf])) <= 0,
+        "ahead": max(gap[f"grown {max(trial.shares):.0%}"]) <= 0, "gap": gap,
+        "reached": {seed: None if at is None else (at + trial.base_flops) / trial.scratch_flops
+                    for seed, at in flops.items()},
+        "reached_uncounted": {seed: None if at is None else at / trial.scratch_flops
+                              for seed, at in flops.items()},
+        "caught_up": {end["seed"]: catches_up(end, long) for end, long in zip(found["scratch"], longest)},
+        "lead": [loss_at(end, trial.base_flops) - base["loss"]
+                 for base, end in zip(found["base"], found["scratch"])]}
+    return said | {"sentence": sentence(trial, said)}
 
 
-def sentence(trial: Trial, gap: dict, pays: bool) -> str:
+def sentence(trial: Trial, said: dict) -> str:
     """The verdict in words, with the figures that it is from."""
-    aim = f"grown {AIM:.0%}"
-    share, mean = trial.base_flops / trial.scratch_flops, statistics.mean
-    if aim not in gap:
-        return "Not measured: no run had that share of the compute."
-    said = (f"with {AIM:.0%} of the compute, the base's {share:.0%} counted, grown ended "
-            f"{abs(mean(gap[aim])):.3f} nats/token {'below' if mean(gap[aim]) <= 0 else 'above'} "
-            f"from scratch (mean of {len(gap[aim])} seeds, from {min(gap[aim]):+.3f} to "
-            f"{max(gap[aim]):+.3f})")
-    if pays:
-        return f"It pays here: {said}."
-    whole = mean(gap[f"grown {max(trial.shares):.0%}"])
-    why = (f"at {max(trial.shares):.0%} it is {'ahead' if whole < 0 else 'behind'} by {abs(whole):.3f}: "
-           + ("the small model bought a lead, but less than the compute it took" if whole < 0 else
-              "what the small model learnt is worth less than the steps it cost"))
-    return f"It does not pay here: {said}; {why}."
+    aim, whole = f"grown {AIM:.0%}", f"grown {max(trial.shares):.0%}"
+    if aim not in said["gap"]:
+        return f"Not measured: no run had {AIM:.0%} of the compute."
+
+    def ended(name):
+        gaps = said["gap"][name]
+        where = "below" if statistics.mean(gaps) <= 0 else "above"
+        return (f"{abs(statistics.mean(gaps)):.3f} nats/token {where} it ({min(gaps):+.3f} to "
+                f"{max(gaps):+.3f} over {len(gaps)} seed{'s' * (len(gaps) > 1)})")
+    share, lead = trial.base_flops / trial.scratch_flops, statistics.mean(said["lead"])
+    told = f"with {AIM:.0%} of from-scratch's compute, the base's {share:.0%} counted, grown ended {ended(aim)}"
+    if said["pays"]:
+        return f"It pays here: {told}."
+    why = (f"the base's {share:.0%} bought a lead of {lead:.3f} over from-scratch at that point"
+           if lead > 0 else f"at the base's {share:.0%} from-scratch was {-lead:.3f} better than the base")
+    if not said["ahead"]:
+        return f"It does not pay here: {told}, and with {max(trial.shares):.0%} of it {ended(whole)}; {why}."
+    shares = {key: [value for value in said[key].values() if value is not None]
+              for key in ("reached", "reached_uncounted")}
+    first = (f"; its curve first was there at {max(shares['reached']):.0%} (not counting the base: "
+             f"{max(shares['reached_uncounted']):.0%})" if shares["reached"] else "")
+    return (f"It does not pay as much as hoped here: {told}; at equal compute {ended(whole)}{first}, because "
+            f"{why}, which the steps that follow use up before {AIM:.0%}.")
+
+
+def loss_at(run: dict, flops: float) -> float:
+    """The loss of a run's curve at so many FLOPs of its own; a line between evaluations."""
+    at = [tokens * run["flops_per_token"] for tokens, _ in run["curve"]]
+    return float(np.interp(flops, at, [loss for _, loss in run["curve"]]))
 
 
 def first_at(run: dict, loss: float) -> float | None:
@@ -258,12 +276,11 @@ def first_at(run: dict, loss: float) -> float | None:
 
 def catches_up(scratch: dict, grown: dict) -> float | None:
     """FLOPs, the base's counted, at which scratch's curve first is not above grown's; None: never."""
-    at = [tokens * grown["flops_per_token"] + grown["before"] for tokens, _ in grown["curve"]]
-    losses = [loss for _, loss in grown["curve"]]
+    last = grown["curve"][-1][0] * grown["flops_per_token"] * 1.02
     for tokens, loss in scratch["curve"]:
-        flops = tokens * scratch["flops_per_token"]
-        if at[0] <= flops <= at[-1] * 1.02 and loss <= np.interp(flops, at, losses):
-            return flops
+        own = tokens * scratch["flops_per_token"] - grown["before"]
+        if 0 <= own <= last and loss <= loss_at(grown, own):
+            return own + grown["before"]
     return None
 
 

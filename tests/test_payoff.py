@@ -4,7 +4,7 @@ import json
 
 import pytest
 import stentor_utils as su
-from stentor.payoff import AIM, catches_up, command, first_at, verdict
+from stentor.payoff import AIM, catches_up, command, first_at, loss_at, verdict
 from stentor.shapes import training_flops
 
 
@@ -47,19 +47,24 @@ def test_the_verdict_of_written_curves(trial):
     grown = run(1, [[0, 6.5], [50, 5.5], [100, 4.5]], before=400.0)
     assert first_at(grown, 5.0) == 750 and first_at(grown, 7.0) == 0 and first_at(grown, 4.0) is None
     assert catches_up(scratch, grown) is None and catches_up(run(1, [[0, 8.0], [100, 4.0]]), grown) == 1000
+    assert loss_at(scratch, 500) == 7.0
     found = {"base": [run(1, [[0, 8.0], [40, 6.5]])], f"grown {AIM:.0%}": [run(1, [[0, 6.5], [60, 4.9]], 400.0)],
              "grown 100%": [grown], "copied": [run(1, [[0, 9.0], [100, 5.2]], 400.0)], "scratch": [scratch]}
     fixed = dataclasses.replace(trial)
     object.__setattr__(fixed, "scratch_tokens", 2000 / fixed.flops_per_token("scratch"))
+    object.__setattr__(fixed, "base_tokens", 400 / fixed.flops_per_token("base"))
     said = verdict(fixed, found)
     assert said["pays"] and said["gap"]["grown 60%"] == [pytest.approx(-0.1)] and said["gap"]["copied"] == [pytest.approx(0.2)]
     assert said["reached"] == {1: pytest.approx((750 + 400) / 2000)} and said["reached_uncounted"] == {1: pytest.approx(0.375)}
-    assert said["sentence"].startswith("It pays here: with 60% of the compute") and "0.100 nats/token below" in said["sentence"]
+    assert said["sentence"].startswith("It pays here: with 60%") and "0.100 nats/token below it" in said["sentence"]
+    assert said["lead"] == [pytest.approx(8.0 - 2.0 * 400 / 1000 - 6.5)]
     found[f"grown {AIM:.0%}"] = [run(1, [[0, 6.5], [60, 5.1]], 400.0)]
     said = verdict(fixed, found)
-    assert not said["pays"] and "It does not pay here" in said["sentence"] and "ahead by 0.500" in said["sentence"]
+    assert not said["pays"] and said["ahead"] and "not pay as much as hoped" in said["sentence"]
+    assert "at equal compute 0.500 nats/token below" in said["sentence"] and "there at 57%" in said["sentence"]
     found["grown 100%"] = [run(1, [[0, 6.5], [100, 5.3]], 400.0)]
-    assert "behind by 0.300: what the small model learnt is worth less" in verdict(fixed, found)["sentence"]
+    said = verdict(fixed, found)
+    assert not said["ahead"] and said["reached"] == {1: None} and said["sentence"].startswith("It does not pay here:")
 
 
 def test_a_tiny_trial_trains_every_run_of_every_seed_and_writes_it_down(trial, tiny, tmp_path):
