@@ -90,6 +90,18 @@ def count_parameters(shape: Shape) -> int:
     return sum(parameter_budget(shape).values())
 
 
+def training_flops(shape: Shape, length: int) -> int:
+    """Floating-point operations of training on one token, in sequences of `length`.
+
+    6 for each parameter that multiplies it (the table of an embedding only hands out rows; the head
+    multiplies, tied or not) and 12 x layers x hidden_size x length for the attention, forward and
+    backward (PaLM, Chowdhery et al. 2022, appendix B).
+    """
+    budget = parameter_budget(shape)
+    multiplied = budget["attention"] + budget["ffn"] + shape.vocab_size * shape.hidden_size
+    return 6 * multiplied + 12 * shape.num_hidden_layers * shape.hidden_size * length
+
+
 def kv_cache_bytes(shape: Shape, length: int, bytes_per_element: float = 2) -> float:
     """Bytes of the key-value cache of one sequence of `length` tokens.
 
