@@ -23,13 +23,14 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
+    conversation demo/  a chat as tokens, trimmed as in training; the model in a browser (Gradio)
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
 """
 import importlib
 import sys
 
-from stentor import statistics                                                                      # noqa: F401
+from stentor import conversation, statistics                                                        # noqa: F401
 from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
