@@ -96,8 +96,10 @@ def percent(p: float) -> str:
 
 def table(columns: list[str], rows: list[list], caption: str) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>"
-                   for row in rows)
+    def cell(value):
+        long = ' class="st-long"' * (len(str(value)) > 28)
+        return f"<td{long}>{html.escape(str(value))}</td>"
+    body = "".join(f'<tr>{"".join(map(cell, row))}</tr>' for row in rows)
     return (f'<div class="st-table" tabindex="0" role="region" aria-label="{html.escape(caption)}">'
             f'<table><caption>{html.escape(caption)}</caption>'
             f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
