@@ -30,14 +30,15 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     curriculum payoff   stages one after the other; whether growing pays, over compute
     master_test         a hundred fragments, continued and scored by rules
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
+    conversation demo/  a chat as tokens, trimmed as in training; the model in a browser (Gradio)
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
 """
 import importlib
 import sys
 
-from stentor import statistics, vocabulary                                                                      # noqa: F401
-from stentor.alone import (                                                                       # noqa: F401
+from stentor import conversation, statistics, vocabulary                                           # noqa: F401
+from stentor.alone import (                                                                         # noqa: F401
     EFFORT, bring, build_tokenizer, find_model, offline_problem, published_model, read_source)
 from stentor.card import (                                                                          # noqa: F401
     check_model_card, described_models, measure_limitations, write_model_card)
