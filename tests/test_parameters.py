@@ -344,7 +344,7 @@ def test_a_base_model_or_the_runs_to_read_must_be_there(tmp_path):
 def test_a_notebooks_spec_names_its_parameters_and_no_other(path, monkeypatch):
     specs, needed = [], set()
 
-    def open_run(namespace, spec, *checks, makes=""):
+    def open_run(namespace, spec, *checks, **how):
         specs.append(spec)
         needed.update(*(inspect.signature(check).parameters for check in checks))
     monkeypatch.setattr(su, "open_run", open_run)
