@@ -152,7 +152,7 @@ def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
     done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", f"RUN={run}",
                            f"OUTPUTS={tmp_path}"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notebooks"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "metrics.jsonl", "notebooks", "there"]
 
 
 # --- the session
