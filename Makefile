@@ -97,7 +97,7 @@ soak: $(VENV)/.installed
 	$(PY) tests/soak.py --runs 50 --kills 4 --report outputs
 
 results: $(VENV)/.installed
-	$(PY) -m stentor_utils results outputs/demo README.md
+	$(PY) -m stentor_utils results outputs/demo README.md docs/results.md
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -19,7 +19,8 @@ from stentor.launch import fill_from_file, train_from_file
 from stentor.notebooks import read_value, run_notebooks
 from stentor.parameters import items, number, shown
 from stentor.published import RECIPES, TUNED
-from stentor.results import print_spread, print_summary, run_seeds, write_results
+from stentor.reporting import write_results
+from stentor.results import print_spread, print_summary, run_seeds
 from stentor.secrets import redact
 from stentor.session import find_outputs
 from stentor.shapes import count_parameters
@@ -115,7 +116,9 @@ def growth_command(arguments) -> None:
 
 
 def results_command(arguments) -> None:
-    write_results(arguments.run_dir, arguments.readme)
+    """`results`: the figures of README.md and docs/, from outputs/."""
+    written = write_results(arguments.run_dir, *arguments.pages)
+    print(f"written: {', '.join(written)}")
     print_spread(arguments.run_dir)
 
 
@@ -127,7 +130,7 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
     def command(name, does, help, *positional):
         made = commands.add_parser(name, help=help, description=help)
         for argument in positional:
-            made.add_argument(argument, nargs="+" if argument in ("notebooks", "seeds") else None)
+            made.add_argument(argument, nargs="+" if argument in ("notebooks", "seeds", "pages") else None)
         made.set_defaults(does=does)
         return made
     for name, help, argument in (
@@ -147,7 +150,8 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
     command("summary", lambda arguments: print_summary(arguments.run_dir),
             "print what a run came to", "run_dir")
     command("recipes", lambda arguments: print_recipes(), "print the published recipes")
-    command("results", results_command, "put a run's figures into README.md", "run_dir", "readme")
+    command("results", results_command, "put the figures of outputs/ into README.md and docs/", "run_dir",
+            "pages")
     return parser.parse_args(argv)
 
 

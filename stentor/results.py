@@ -6,7 +6,7 @@ import os
 import statistics
 from pathlib import Path
 
-from stentor.files import ParameterError, duration, write_atomically
+from stentor.files import ParameterError, duration
 from stentor.notebooks import run_notebooks
 from stentor.parameters import run_name
 from stentor.published import find_recipe
@@ -155,24 +155,8 @@ def bigram_line(baseline: Path, draws: list[dict], unit: str = "") -> str:
     return f"{bigram:.4f} {unit}({more:.4f} more)"
 
 
-def write_results(run_dir, readme) -> None:
-    """Put the measured figures of a run between the `results` markers of README.md."""
-    run_dir, readme = Path(run_dir), Path(readme)
-    rows = figures(run_dir)
-    table = "\n".join(["| `make run` | |", "|---|---|",
-                       *(f"| {name} | {value} |" for name, value in rows.items())])
-    for path in sorted((run_dir.parent / "benchmarks").glob("*.md")):   # what `make bench` wrote
-        table += f"\n\n{path.read_text().strip()}"
-    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
-    text = readme.read_text() if readme.is_file() else ""
-    if not (begin in text and end in text):
-        raise ParameterError([f"{readme} has no {begin} and {end} to write between."])
-    before, after = text[:text.index(begin)], text[text.index(end):]
-    write_atomically(readme, f"{before}{begin}\n{table}\n{after}")
-
-
 def figures(run_dir: Path) -> dict[str, str]:
-    """{what: figure} of a finished run and its other draws, as README.md has them."""
+    """{what: figure} of a finished run and its other draws, as docs/results.md has them."""
     summary, machine = (read_json(run_dir / f"{name}.json") for name in ("summary", "environment"))
     store = read_json(run_dir / "tokens" / "manifest.json")["sources"].values()
     tokens, text_bytes = (sum(entry[key] for entry in store) for key in ("tokens", "bytes"))

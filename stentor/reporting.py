@@ -1,0 +1,169 @@
+"""Figures in README.md and docs/: each stands in a block that `make results` wrote from named files.
+
+    <!-- figures run | outputs/demo/summary.json, ... | 1a2b3c4d5e6f -->
+    ... the table, and a line with its files, machine, commit and date ...
+    <!-- end run -->
+
+The last word of the mark is the hash of what stands between: a figure that somebody typed over is found
+(`block_problems`, which `make lint` calls). A block whose files are not here stays as it is.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from datetime import date
+from pathlib import Path
+
+from stentor.files import ParameterError, duration, write_atomically
+from stentor.launch import environment
+from stentor.results import bigram_line, draws_like, figures, read_json, spread
+
+BLOCK = re.compile(r"<!-- figures (?P<name>[\w-]+) \| (?P<files>[^|>]*) \| (?P<hash>\w+) -->\n"
+                   r"(?P<text>.*?)<!-- end (?P=name) -->", re.S)
+
+
+def write_results(run_dir, *pages) -> list[str]:
+    """Every block of those pages, from what lies in outputs/; the names of those that were written.
+
+    run_dir: the run of `make run`; its folder's folder is outputs/. Raises ParameterError where the
+    run has not ended, or a page is not there.
+    """
+    run_dir = Path(run_dir)
+    read_json(run_dir / "summary.json")
+    machine, written = environment(), []
+    stamp = (f"{machine['cpu']}, {machine['cpu_count']} cores; commit {_commit()}, "
+             f"{date.today().isoformat()}")
+    for page in map(Path, pages):
+        if not page.is_file():
+            raise ParameterError([f"{page} is not there; name README.md and docs/results.md."])
+
+        def fresh(block):
+            if not (made := make_block(block["name"], run_dir)):
+                return block[0]
+            text, files = made
+            written.append(block["name"])
+            return sealed(block["name"], f"{text}\n\n*{', '.join(files)}; {stamp}.*", files)
+        write_atomically(page, BLOCK.sub(fresh, page.read_text()))
+    return written
+
+
+def sealed(name: str, text: str, files: list[str]) -> str:
+    """The block of this text, with its files and its hash."""
+    text = text.strip() + "\n"
+    return f"<!-- figures {name} | {', '.join(files)} | {_hash(text)} -->\n{text}<!-- end {name} -->"
+
+
+def block_problems(page: str) -> list[str]:
+    """One sentence for each block of a page that names no file or was changed by hand."""
+    found = []
+    for block in BLOCK.finditer(page):
+        if not block["files"].strip():
+            found.append(f"the block {block['name']} names no file that its figures come from.")
+        if _hash(block["text"]) != block["hash"]:
+            found.append(f"the block {block['name']} was changed by hand: `make results` writes it.")
+    return found
+
+
+def make_block(name: str, run_dir: Path) -> tuple[str, list[str]] | None:
+    """(Markdown, its files) of the block of that name; None where its files are not here."""
+    if name.startswith("bench-"):
+        path = run_dir.parent / "benchmarks" / f"{name.removeprefix('bench-')}.md"
+        return (path.read_text(), [f"outputs/benchmarks/{path.name}"]) if path.is_file() else None
+    makers = {"run": _run, "samples": _samples, "six": _six, "minutes": _minutes}
+    if name not in makers:
+        raise ParameterError([f"the block {name!r} is none of {', '.join(makers)}, bench-<name>."])
+    return makers[name](run_dir)
+
+
+def _run(run_dir: Path):
+    rows = figures(run_dir)
+    table = "\n".join(["| `make run` | |", "|---|---|",
+                       *(f"| {name} | {value} |" for name, value in rows.items())])
+    return table, _names(run_dir, "summary.json", "environment.json", "baseline.json",
+                         "tokens/manifest.json")
+
+
+def _samples(run_dir: Path):
+    """Three continuations as they are, the first ones: chosen by nobody."""
+    if not (run_dir / "samples.json").is_file():
+        return None
+    samples = read_json(run_dir / "samples.json")["samples"][:3]
+    lines = [f"> **{sample['prompt']}** {' '.join(sample['text'].split())}" for sample in samples]
+    return "\n>\n".join(line.replace("<", "&lt;") for line in lines), _names(run_dir, "samples.json")
+
+
+def _six(run_dir: Path):
+    """What matters, a row each; "not measured" where its file is not in outputs/."""
+    outputs, rows, files = run_dir.parent, [], _names(run_dir, "summary.json")
+    summary, draws = read_json(run_dir / "summary.json"), draws_like(run_dir)
+    rows.append((f"bits per byte of held-out text, {summary['parameters']:,} parameters after "
+                 f"{summary['tokens']:,} tokens in {duration(summary['seconds'])}",
+                 spread(draws, "bits_per_byte")))
+    if (run_dir / "baseline.json").is_file():
+        rows.append(("a byte bigram model, same text", bigram_line(run_dir / "baseline.json", draws)))
+        files += _names(run_dir, "baseline.json")
+    for path, title, read in (
+            ("speedrun.json", "tokens until the loss that the card's recipe ends with, of the card's",
+             _speedrun_share),
+            ("speedrun.json", "time until then, of the card's recipe in `transformers.Trainer`",
+             _speedrun_time),
+            ("reliability.json", "files that differ after kills, of runs left alone", _kills),
+            (f"{run_dir.name}/growth/payoff.json", "growing a small model against from scratch",
+             lambda found: found["verdict"]["sentence"]),
+            (f"{run_dir.name}/export/export.json", "exported formats with the very same tokens",
+             _same_tokens)):
+        if (outputs / path).is_file():
+            files.append(f"outputs/{path}")
+            rows.append((title, read(read_json(outputs / path)) or "not measured"))
+        else:
+            rows.append((title, "not measured"))
+    table = ["| what | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows)]
+    return "\n".join(table), list(dict.fromkeys(files))
+
+
+def _speedrun_share(found: dict) -> str | None:
+    rows = [row for row in found["ratios"] if row["width"] == found["width"]]
+    return rows and spread(rows, "share", 3)
+
+
+def _speedrun_time(found: dict) -> str | None:
+    rows = [row for row in found["times"]
+            if row["width"] == found["width"] and row["who"] == "trainer"]
+    return rows and spread(rows, "share", 3)
+
+
+def _kills(found: dict) -> str:
+    return f"{len(found['differing_files'])} after {found['kills']} kills in {found['runs']} runs"
+
+
+def _same_tokens(found: dict) -> str | None:
+    exact = [row for row in found["formats"] if row.get("claims_exactness")]
+    same = sum(row["greedy_equal"] == row["prompts"] for row in exact)
+    return exact and f"{same} of {len(exact)}"
+
+
+def _minutes(run_dir: Path):
+    """How long each notebook took in its last run, by papermill's own clock."""
+    rows, files = [], []
+    for path in sorted((run_dir / "notebooks").glob("*.ipynb")):
+        seconds = json.loads(path.read_text())["metadata"].get("papermill", {}).get("duration")
+        if seconds:
+            rows.append(f"| {path.stem} | {duration(seconds)} |")
+            files += _names(run_dir, f"notebooks/{path.name}")
+    return ("\n".join(["| notebook | on this CPU |", "|---|---|", *rows]), files) if rows else None
+
+
+def _names(run_dir: Path, *files: str) -> list[str]:
+    return [f"outputs/{run_dir.name}/{file}" for file in files]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
