@@ -7,7 +7,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     secrets files       errors for readers, atomic writes, run locks; what a secret looks like
     parameters session  rules for notebook parameters; hardware, deadline, run folder
     rules               a rule beside each field: how a shape and a recipe check themselves
-    shapes recipes      what decides a run; `published` holds every card's recipe
+    shapes recipes      what decides a run; `published` holds every card's recipe, `cards` the rest
     hub formats corpus  asking the hub; reading people's files; the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe
     preparing tokens    the token store: how it is filled, how it is read
@@ -32,6 +32,7 @@ import sys
 from stentor import statistics                                                                      # noqa: F401
 from stentor.card import (                                                                          # noqa: F401
     check_model_card, described_models, measure_limitations, write_model_card)
+from stentor.cards import card_prompts, card_sampling, departures                                   # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
@@ -39,7 +40,7 @@ from stentor.engine import Engine, evaluate                                     
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
     write_atomically)
-from stentor.folders import load_model, save_model_folder                                           # noqa: F401
+from stentor.folders import load_model, load_stentor2, save_model_folder                            # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.growth import grow_model                                                               # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401

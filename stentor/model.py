@@ -58,6 +58,14 @@ def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False) 
             nn.init.ones_(module.weight)
 
 
+def sampling_of(model) -> dict:
+    """The sampling that a model's generation_config recommends, GENERATION's where it has none."""
+    own = {key: getattr(model.generation_config, key, None) for key in GENERATION}
+    if not own["do_sample"]:
+        return dict(GENERATION)
+    return GENERATION | {key: value for key, value in own.items() if value is not None}
+
+
 def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, seed: int = 42,
              **settings) -> list[str]:
     """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's

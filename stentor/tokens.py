@@ -139,13 +139,18 @@ class TokenStore:
                                      offset=2 * (begin - starts[i])))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    @property
+    def validated(self) -> list[str]:
+        """The sources whose held-out text is measured."""
+        return [name for name in self.names if name in (self.recipe.validation_sources or self.names)]
+
     def validation(self) -> tuple[np.ndarray, int]:
-        """(ids, bytes): the validation tokens of all sources behind one EOS, and their text's size.
+        """(ids, bytes): the validation tokens of `validated` behind one EOS, and their text's size.
 
         bytes: of the text in UTF-8. Evaluated in windows that overlap by one token, so each token
         is predicted exactly once and the summed loss divided by `bytes` is exact.
         """
-        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
+        entries = [self.manifest["sources"][name]["validation"] for name in self.validated]
         ids = [np.fromfile(self.folder / entry["file"], "<u2") for entry in entries]
         eos = np.array([self.manifest["eos_token_id"]], "<u2")
         return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
