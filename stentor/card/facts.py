@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stentor.files import ParameterError
-from stentor.published import ALL_RECIPES
+from stentor.published import ALL_RECIPES, card_recipe
 from stentor.shapes import Shape
 
 NOT_MEASURED = "not measured"
@@ -164,10 +164,10 @@ def row(*cells: str) -> str:
 
 
 def own_recipe(facts: Facts) -> str | None:
-    """The published recipe that the run's recipe comes from, as the name of a file of `Facts`;
-    None for an own one."""
+    """The published recipe that the run's recipe comes from, or is a twin of, as the name of a
+    file of `Facts`; None for an own one."""
     name = str(facts.get("run.json", "recipe", "name") or "").removesuffix("-cpu")
-    return PUBLISHED + name if name in ALL_RECIPES else None
+    return PUBLISHED + card_recipe(name).name if name in ALL_RECIPES else None
 
 
 def shape_place(facts: Facts) -> tuple:

@@ -132,8 +132,7 @@ def architecture(facts: Facts) -> str:
             return facts.derive(lambda v: shape_from(v).rope_theta, form, key, place)
         return facts.show(*place, key, form=form)
 
-    head = facts.derive(lambda s: s["hidden_size"] // s["num_attention_heads"], ",",
-                        "hidden_size / num_attention_heads", place)
+    head = head_dim(facts, place)
     total = facts.derive(lambda values: count_parameters(shape_from(values)), ",",
                          "sum of the parts", place)
     kind = facts.show(f"{'final' if facts.of == 'export' else facts.model}/config.json",
@@ -168,6 +167,11 @@ How the parameters add up (no biases):
 """
 
 
+def head_dim(facts: Facts, place: tuple) -> str:
+    return facts.derive(lambda s: s["hidden_size"] // s["num_attention_heads"], ",",
+                        "hidden_size / num_attention_heads", place)
+
+
 def budget(facts: Facts, place: tuple, shape) -> list[str]:
     """A row for each part of the parameters: the formula with this shape's figures, the count."""
     def layers():
@@ -188,11 +192,14 @@ def budget(facts: Facts, place: tuple, shape) -> list[str]:
 
     # an untied lm_head is a second table
     table = "× 2 × " if facts.get(*place, "tie_word_embeddings") is False else "× "
+    norms = f"{layers()} × 2 × {hidden()} + {hidden()}"
+    if facts.get(*place, "qk_norm"):
+        norms += f" + {layers()} × 2 × {head_dim(facts, place)}"
     formulas = {
         "embedding": f"{shape('vocab_size')} {table}{hidden()}",
         "attention": f"{layers()} × (2 × {hidden()} × {hidden()} + 2 × {hidden()} × {keys()})",
         "ffn": f"{layers()} × 3 × {hidden()} × {shape('intermediate_size')}",
-        "norms": f"{layers()} × 2 × {hidden()} + {hidden()}"}
+        "norms": norms}
     return [row(key.replace("ffn", "feed-forward"), formula, part(key, ",.0f", ""),
                 part(key, ".1%", " / total", count_parameters))
             for key, formula in formulas.items()]
