@@ -22,6 +22,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
     train process       Run.train, the one loop; our own processes, `launch` the one that trains
+    watching            a bar and a curve for who looks on
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
@@ -80,6 +81,7 @@ from stentor.tokenizer import (                                                 
     save_tokenizer, tokenizer_problem, tokenizer_sha256, vocabulary_rows)
 from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
+from stentor.watching import watching                                                               # noqa: F401
 
 
 LATE = ("benchmark", "charts", "curriculum", "master_test", "payoff")
