@@ -25,7 +25,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     watching            a bar and a curve for who looks on
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     statistics charts   intervals and repetition; one palette and one way to draw
-    notebooks results   executing notebooks; the tables of runs; `commands` is the command line
+    notebooks results   executing notebooks; the tables of runs; `commands` is the command line; `gallery`
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
     vocabulary alone    a vocabulary built from text; what a notebook takes where no other ran
     curriculum payoff   stages one after the other; whether growing pays, over compute

@@ -1,4 +1,5 @@
-"""`make lint`'s own rules, over every file of the suite: no pickle, no foreign code, no secret, sound notebooks.
+"""`make lint`'s own rules, over every file of the suite: no pickle, no foreign code, no secret, sound notebooks; pages
+whose figures nobody typed (tests/pages.py).
 
     python tests/lint.py [folder]          # prints what is wrong, one line each; exit code 1 if anything is
 """
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+from pages import page_problems  # noqa: E402
 from stentor.secrets import secret_kinds  # noqa: E402
 
 TEXT = {".py", ".ipynb", ".md", ".txt", ".json", ".toml", ".yml", ".yaml", ".jsonl", ".sh", ""}
@@ -78,6 +80,9 @@ def problems(folder: Path = REPO) -> list[str]:
 
 
 if __name__ == "__main__":
-    wrong = problems(Path(sys.argv[1]) if sys.argv[1:] else REPO)
-    print("\n".join(wrong) or "nothing unsafe, no secret, notebooks sound")
+    where = Path(sys.argv[1]) if sys.argv[1:] else REPO
+    wrong = problems(where)
+    if (where / "docs" / "results.md").is_file():         # where figures stand in blocks
+        wrong += page_problems(where)
+    print("\n".join(wrong) or "nothing unsafe, no secret, notebooks sound, no figure typed")
     sys.exit(bool(wrong))
