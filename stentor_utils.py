@@ -21,8 +21,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
-    train process       Run.train, the one loop; our own processes, `launch` the one that trains
-    watching            a bar and a curve for who looks on
+    train process       Run.train, the one loop; our own processes, `launch` the one that trains, `watching` for who looks on
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line; `gallery`
