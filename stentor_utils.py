@@ -34,6 +34,8 @@ from stentor.card import check_model_card, measure_limitations, write_model_card
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
+from stentor.decoding import (                                                                      # noqa: F401
+    assisted, compare_decoding, decoding_problems, same_tokenizer, speculative)
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
@@ -41,11 +43,14 @@ from stentor.files import (                                                     
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.growth import grow_model                                                               # noqa: F401
+from stentor.inference import (                                                                     # noqa: F401
+    GUIDES, guide_for, guide_record, guide_table, presets, recommended)
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
     budget_table, card_table, precision_table, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
-from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
+from stentor.model import (                                                                         # noqa: F401
+    GENERATION, build_model, generate, initialize_weights, sampling_of)
 from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
@@ -58,6 +63,7 @@ from stentor.recipes import Recipe, Source, cpu_has_bf16                        
 from stentor.session import (                                                                       # noqa: F401
     find_outputs, find_profile, hours_left, run_problem, session_end, writable_run)
 from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget                # noqa: F401
+from stentor.speed import generation_speed, replacement_rate                                        # noqa: F401
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401
     encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_problem,
