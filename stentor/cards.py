@@ -1,4 +1,4 @@
-"""What the model cards say beside their recipes: sampling, prompts, and where we depart from them.
+"""What the model cards say beside their recipes: prompts, and where we depart from them.
 
 Figures are as printed; each name is a key of `published.RECIPES`.
 """
@@ -20,16 +20,6 @@ DEPARTURES = {
         "instruct/final is what DELIVER names, by default the better recipe; the published model is "
         "the card's recipe",
         "one GPU with the card's batch in pieces; the card used two T4s")}
-# Sampling that a card's own examples use, or the favourite of its ranges, for what is saved by its
-# recipe; the 50M and 150M have the Stentor3 card's, and what is not here has `model.GENERATION`.
-_STENTOR3_SAMPLING = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}
-SAMPLING = {
-    "stentor2-12m-preview": {"temperature": 1.1, "top_p": 0.55, "repetition_penalty": 1.15},
-    "stentor2-12m": {"temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.2},
-    "stentor3-20m": _STENTOR3_SAMPLING, "stentor3-50m": _STENTOR3_SAMPLING,
-    "portimbria-150m": _STENTOR3_SAMPLING,
-    "stentor-big": {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.0},
-    "stentor-12m-instruct": {"temperature": 1.1, "top_p": 0.6, "repetition_penalty": 1.3}}
 
 
 def card_name(name: str) -> str:
@@ -37,14 +27,6 @@ def card_name(name: str) -> str:
     for ending in ("-cpu", "-repaired", "-tuned-qk", "-tuned"):
         name = name.removesuffix(ending)
     return name
-
-
-def card_sampling(name: str) -> dict:
-    """The card's sampling settings for what a recipe of this name makes; {} where none are printed.
-
-    A CPU twin is another model on another text: it has none.
-    """
-    return {} if name.endswith("-cpu") else dict(SAMPLING.get(card_name(name), {}))
 
 
 # Prompts of the cards: a sample protocol where one has it (of Stentor3's ten the four that it calls

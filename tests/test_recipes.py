@@ -313,10 +313,7 @@ def test_what_no_card_prints_is_said_to_be_unpublished():
         assert set(recipe.unpublished) <= known, name
 
 
-def test_each_card_has_its_own_sampling_and_prompts():
-    assert su.card_sampling("stentor2-12m-preview-repaired") == {"temperature": 1.1, "top_p": 0.55, "repetition_penalty": 1.15}
-    assert su.card_sampling("stentor3-20m")["temperature"] == 0.8 and su.card_sampling("stentor3-20m-cpu") == {}
-    assert su.card_sampling("mine") == {}
+def test_each_card_has_its_own_prompts_and_departures():
     assert su.card_prompts("stentor2-12m-preview")[0] == "Some sicknesses are" and len(su.card_prompts("stentor3-20m")) == 4
     assert su.card_prompts("stentor-30m") == su.card_prompts("stentor2-12m")
     assert su.card_prompts("stentor3-20m-cpu")[0] == "This function returns"

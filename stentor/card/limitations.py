@@ -37,8 +37,8 @@ def held_out_starts(run_dir, count: int, length: int) -> list[list[int]]:
 
 
 def continuations(run_dir, prompts: list[list[int]], max_new_tokens: int, seed: int):
-    """(texts, stopped, max_new_tokens, settings): what final/ makes of each prompt, with the
-    sampling that the folder recommends.
+    """(texts, stopped, max_new_tokens, settings): what final/ makes of each prompt, sampled as it
+    recommends.
 
     prompts: token ids, all of one length. stopped: whether a text ended by itself. max_new_tokens
     comes back as the context allowed it.
@@ -49,13 +49,13 @@ def continuations(run_dir, prompts: list[list[int]], max_new_tokens: int, seed: 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     length, end = len(prompts[0]), tokenizer.eos_token_id
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - length)
+    settings = sampling_of(model)
     torch.manual_seed(seed)
     ids = torch.tensor(prompts, device=model.device)  # (count, length): no padding
     with torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_length=length + max_new_tokens,
-            use_cache=True, pad_token_id=end, **(settings := sampling_of(model)))
-        out = out[:, length:].tolist()
+            use_cache=True, pad_token_id=end, **settings)[:, length:].tolist()
     texts = [tokenizer.decode(row[:row.index(end)] if end in row else row, skip_special_tokens=True)
              for row in out]
     return texts, [end in row for row in out], max_new_tokens, settings
@@ -67,8 +67,8 @@ def measure_limitations(
     """Let final/ continue `count` held-out documents and write limitations.json: stopping,
     repetition, broken characters.
 
-    Sampled as the folder's generation_config recommends, one continuation each, none left out;
-    shares come with 95% Wilson intervals. Returns what it wrote; None, and no file, where there is no token store to take
+    Sampled as final/ recommends, one continuation each, none left out; shares come with 95% Wilson
+    intervals. Returns what it wrote; None, and no file, where there is no token store to take
     prompts from.
     """
     run_dir = Path(run_dir)
