@@ -56,8 +56,7 @@ from stentor.folders import load_model, load_stentor2, save_model_folder        
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.kaggle import how_to_go_on, internet, on_kaggle, room_problem, stop_here               # noqa: F401
 from stentor.growth import (                                                                        # noqa: F401
-    copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems,
-    shape_of)
+    copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems, shape_of)
 from stentor.inference import GUIDES, guide_for, guide_record, guide_table, presets, recommended    # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import budget_table, card_table, precision_table, show_source, summary_table, write_samples  # noqa: F401
@@ -83,7 +82,6 @@ from stentor.tokenizer import (                                                 
 from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 from stentor.watching import watching                                                               # noqa: F401
-
 
 LATE = ("benchmark", "charts", "curriculum", "master_test", "payoff")
 
