@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run run-seeds test kaggle test-kaggle tpu-test tpu-aot bench speedrun soak results lint clean
+.PHONY: run run-seeds test kaggle test-kaggle tpu-test tpu-aot bench speedrun soak gallery results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -95,6 +95,11 @@ speedrun: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	$(PY) tests/soak.py --runs 50 --kills 4 --report outputs
+
+# docs/gallery (charts of RUN, a sentence in tokens, the demo's screenshots) and outputs/html (its executed notebooks).
+RUN ?= demo
+gallery: $(VENV)/.installed
+	$(PY) -m stentor.gallery $(call quoted,outputs/$(value RUN)) docs/gallery outputs/html
 
 results: $(VENV)/.installed
 	$(PY) -m stentor_utils results outputs/demo README.md docs/results.md

@@ -8,7 +8,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     parameters session  rules for notebook parameters; hardware, deadline, run folder
     rules               a rule beside each field: how a shape and a recipe check themselves
     shapes tuning       what a model is, and the rates that suit it
-    recipes published   what decides a run; every card's recipe, and its twins
+    recipes published   what decides a run; every card's recipe, and its twins; `cards`: what else they say
     hub formats prose   asking the hub; reading people's files; sentences without mark-up
     corpus              the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe
@@ -21,10 +21,12 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
-    train process       Run.train, the one loop; our own processes, `launch` the one that trains
+    train process       Run.train, the one loop; our own processes, `launch` the one that trains, `watching` for who looks on
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
+    inference speed     what the cards recommend for sampling; what generation costs
+    decoding serving    a small model writes ahead of a large one; an OpenAI-compatible server
     statistics charts   intervals and repetition; one palette and one way to draw
-    notebooks results   executing notebooks; the tables of runs; `commands` is the command line
+    notebooks results   executing notebooks; the tables of runs; `commands` is the command line; `gallery`
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
     vocabulary alone    a vocabulary built from text; what a notebook takes where no other ran
     curriculum payoff   stages one after the other; whether growing pays, over compute
@@ -40,26 +42,26 @@ import sys
 from stentor import conversation, statistics, vocabulary                                           # noqa: F401
 from stentor.alone import (                                                                         # noqa: F401
     EFFORT, bring, build_tokenizer, find_model, offline_problem, published_model, read_source)
-from stentor.card import (                                                                          # noqa: F401
-    check_model_card, described_models, measure_limitations, write_model_card)
+from stentor.card import check_model_card, described_models, measure_limitations, write_model_card  # noqa: F401
+from stentor.cards import card_prompts, departures                                                  # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
+from stentor.decoding import assisted, compare_decoding, decoding_problems, same_tokenizer, speculative  # noqa: F401
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
     write_atomically)
-from stentor.folders import load_model, save_model_folder                                           # noqa: F401
+from stentor.folders import load_model, load_stentor2, save_model_folder                            # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
 from stentor.kaggle import how_to_go_on, internet, on_kaggle, room_problem, stop_here               # noqa: F401
 from stentor.growth import (                                                                        # noqa: F401
-    copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems,
-    shape_of)
+    copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems, shape_of)
+from stentor.inference import GUIDES, guide_for, guide_record, guide_table, presets, recommended    # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
-from stentor.lesson import (                                                                        # noqa: F401
-    budget_table, card_table, precision_table, show_source, summary_table, write_samples)
+from stentor.lesson import budget_table, card_table, precision_table, show_source, summary_table, write_samples  # noqa: F401
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
-from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
+from stentor.model import GENERATION, build_model, generate, initialize_weights, sampling_of        # noqa: F401
 from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
@@ -69,17 +71,17 @@ from stentor.preparing import prepare_tokens                                    
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
-from stentor.session import (                                                                       # noqa: F401
-    find_outputs, find_profile, hours_left, run_problem, session_end, writable_run)
-from stentor.shapes import (                                                                        # noqa: F401
-    Shape, count_parameters, kv_cache_bytes, parameter_budget, weight_bytes)
+from stentor.serving import ask_server, serve_command, serving, serving_commands, serving_problems  # noqa: F401
+from stentor.session import find_outputs, find_profile, hours_left, run_problem, session_end, writable_run  # noqa: F401
+from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget, weight_bytes  # noqa: F401
+from stentor.speed import generation_speed, replacement_rate                                        # noqa: F401
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401
     encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer,
     save_tokenizer, tokenizer_problem, tokenizer_sha256, vocabulary_rows)
 from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
-
+from stentor.watching import watching                                                               # noqa: F401
 
 LATE = ("benchmark", "charts", "curriculum", "master_test", "payoff")
 

@@ -268,6 +268,23 @@ def crop_start(ax, runs, y: str) -> None:
                 fontsize=9, color=GREY)
 
 
+def draw_progress(run_dir):
+    """The loss of a run that is being trained, small enough to be drawn again and again; None where
+    it has not said anything yet."""
+    rows = read_metrics(Path(run_dir) / "metrics.jsonl")
+    run = {"name": "", "colour": BLUE,
+           **{kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}}
+    if not run["train"]:
+        return None
+    figure, ax = panels(7, 2.4)
+    for kind, colour, marker in (("train", GREY, None), ("eval", BLUE, "o")):
+        at, losses = series(run[kind], "step", "loss")
+        ax.plot(at, losses, color=colour, marker=marker, markersize=4, linewidth=1.2)
+    ax.set(xlabel=X_AXES["step"] + " (grey: training, blue: held out)", ylabel=Y_AXES["loss"])
+    crop_start(ax, [run], "loss")
+    return figure
+
+
 def draw_training(run_dir, *, anneal_from: float | None = None, yardsticks: dict | None = None):
     """The figure of one run: its loss, and its bits per byte on held-out text, against steps.
 

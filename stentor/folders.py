@@ -16,7 +16,7 @@ import torch
 from stentor.files import ParameterError, SourceError, remove, replace_folder
 from stentor.hub import hub_folder
 from stentor.precision import rename_weight_master
-from stentor.tokenizer import tokenizer_fit
+from stentor.tokenizer import load_tokenizer, tokenizer_fit
 
 
 def save_model_folder(model, tokenizer, folder, generation: dict | None = None) -> None:
@@ -142,8 +142,7 @@ def _weight_files(path: Path) -> list[str]:
 def _load_weights(path: Path, settings: dict):
     """(model, None), or (None, what is wrong with its weights)."""
     from safetensors import safe_open
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     settings = {"use_safetensors": True, **settings, "trust_remote_code": False,
                 "output_loading_info": True, "ignore_mismatched_sizes": True}   # refused below
     old = False
@@ -151,15 +150,8 @@ def _load_weights(path: Path, settings: dict):
         with safe_open(path / name, "pt") as file:
             old = old or any(key.endswith(".weight_master") for key in file.keys())
     with _transformers_silent():                      # its report of the same is a page long
-        if old:                                       # the first Preview's names, and a Llama then
-            tensors = {}
-            for name in _weight_files(path):
-                tensors |= load_file(path / name)
-            model, info = LlamaForCausalLM.from_pretrained(
-                None, state_dict=rename_weight_master(tensors), **settings,
-                config=AutoConfig.from_pretrained(path, trust_remote_code=False))
-            if (path / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(path)
+        if old:
+            model, info = _load_weight_master(path, settings)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(path, **settings)
     problem = weights_problem(model, info)
@@ -168,6 +160,34 @@ def _load_weights(path: Path, settings: dict):
         # folders saved before published_configs said no
         model.config.use_cache = model.generation_config.use_cache = True
     return (None, problem) if problem else (model, None)
+
+
+def _load_weight_master(path: Path, settings: dict):
+    """(model, loading info) of a folder with the first Preview's names, a Llama then.
+
+    transformers alone leaves these layers random, without a word.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, GenerationConfig, LlamaForCausalLM
+    tensors = {}
+    for name in _weight_files(path):
+        tensors |= load_file(path / name)
+    model, info = LlamaForCausalLM.from_pretrained(
+        None, state_dict=rename_weight_master(tensors), **settings,
+        config=AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, info
+
+
+def load_stentor2(path_or_repo, dtype=torch.float32):
+    """(model, tokenizer), as the helper of this name in the Stentor2-12M-Preview card, whose first
+    weights are named X.weight_master beside a stale X.weight.
+
+    `load_model` by another name: it uses the same renaming wherever it meets such a folder. Raises
+    ParameterError as it does.
+    """
+    return load_model(path_or_repo, dtype=dtype), load_tokenizer(path_or_repo)
 
 
 def weights_problem(model, info: dict) -> str | None:

@@ -30,6 +30,7 @@ from stentor.stages import StageStore
 from stentor.tokenizer import load_tokenizer, tokenizer_problem
 from stentor.tokens import TokenStore
 from stentor.train import train
+from stentor.watching import watching
 
 # Of several processes. T4s have no peer access. A store shared by all attempts keeps the addresses
 # of the dead processes, and the restarted ones connect to those (pytorch issue 135712; with one
@@ -79,11 +80,20 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
                           STENTOR_RUN_JSON=json.dumps(described), STENTOR_DEADLINE=end,
                           TOKENIZERS_PARALLELISM="false", **xla_environment(xla))
     command = own_command("train", run_dir / "run.json", num_processes=num_processes, restarts=1)
-    ended = run_process(command, env, patience=STOP_SECONDS, say=say)
+    with contextlib.nullcontext(say) if say else watch_run(run_dir) as tell:
+        ended = run_process(command, env, patience=STOP_SECONDS, say=tell)
     if ended.code:
         raise TrainingFailed(f"training ended with exit code {ended.code}. Its last lines:\n"
                              + "".join(ended.tail))
     return json.loads((run_dir / "summary.json").read_text())
+
+
+def watch_run(run_dir: Path):
+    """`watching` a run that is trained in `run_dir`: its loss grows above the log's last lines."""
+    def picture():
+        from stentor.charts import draw_progress      # matplotlib, where somebody looks
+        return draw_progress(run_dir)
+    return watching(picture=picture, log=run_dir / "log.txt")
 
 
 def xla_environment(xla: str | None) -> dict[str, str]:

@@ -5,11 +5,12 @@ import inspect
 import json
 from pathlib import Path
 
+from stentor.cards import card_prompts, departures
 from stentor.files import write_atomically
-from stentor.model import GENERATION, build_model, generate
+from stentor.model import build_model, generate, sampling_of
 from stentor.precision import apply_precision_recipe
 from stentor.recipes import Recipe
-from stentor.shapes import count_parameters, parameter_budget
+from stentor.shapes import count_parameters, head_dim_note, parameter_budget
 
 
 def card_table(recipe: Recipe, published: Recipe, unprinted: str):
@@ -23,6 +24,8 @@ def card_table(recipe: Recipe, published: Recipe, unprinted: str):
           f"schedule laid out for {recipe.schedule_steps:,}")
     if recipe.unpublished:
         print(f"not printed in the card, {unprinted}:", ", ".join(recipe.unpublished))
+    for departure in departures(published.name):
+        print("not as the card:", departure)
     columns = ["field", "this run", f"card: {published.name}"]
     rows = recipe.difference(published)
     if not rows:
@@ -48,17 +51,23 @@ def precision_table(recipe: Recipe):
         build_model(recipe.shape, attn_implementation=recipe.attn_implementation),
         fp32_norms=recipe.fp32_norms, fp32_critical_layers=recipe.fp32_critical_layers,
         fp32_softmax=recipe.fp32_softmax, int8_qat=recipe.int8_qat)
-    for note in report.pop("notes"):
+    for note in [*report.pop("notes"), *head_dim_note(recipe.shape, recipe.mixed_precision)]:
         print("-", note)
     said = {"autocast": recipe.mixed_precision, "layers in FP32": recipe.fp32_critical_layers}
     return pd.Series(said | report, name="this run")
 
 
-def write_samples(run_dir, model, tokenizer, prompts: list[str], *, seed: int) -> None:
-    """One continuation of each prompt: printed, and kept in samples.json with settings and seed."""
-    texts = generate(model, tokenizer, list(prompts), max_new_tokens=60, seed=seed)
+def write_samples(run_dir, model, tokenizer, prompts: list[str] | None, *, seed: int,
+                  recipe: str = "") -> None:
+    """One continuation of each prompt: printed, and kept in samples.json with settings and seed.
+
+    The settings are those that the model's folder recommends. prompts: None for the card's own of
+    the recipe of this name.
+    """
+    prompts, settings = prompts or card_prompts(recipe), sampling_of(model)
+    texts = generate(model, tokenizer, list(prompts), max_new_tokens=60, seed=seed, **settings)
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
-    described = {"settings": GENERATION, "seed": seed, "samples": samples}
+    described = {"settings": settings, "seed": seed, "samples": samples}
     write_atomically(Path(run_dir) / "samples.json", json.dumps(described, indent=1))
     for prompt, text in zip(prompts, texts):
         print(f"{prompt} >>>{text}\n")

@@ -120,7 +120,8 @@ def run_notebooks(names: list[str], given: dict[str, str]) -> None:
         folders[name] = outputs / "_vs_".join(runs) / "notebooks"
     if problems:
         raise ParameterError(list(dict.fromkeys(problems)))
-    for name, value in PROCESS_ENVIRONMENT.items():   # the kernels inherit it: 04 trains in its own
+    # The kernels inherit it: 04 trains in its own, and nobody looks at one that papermill started.
+    for name, value in {**PROCESS_ENVIRONMENT, "STENTOR_PROGRESS": "log"}.items():
         os.environ.setdefault(name, value)
     for name, path in paths.items():
         print(f"\n=== {name} ===", flush=True)

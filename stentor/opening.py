@@ -39,7 +39,7 @@ RULES = {
     "TORCH_COMPILE": (bool, NoneType),
     "DEADLINE_HOURS": number(0.01, 1000, optional=True),
     "OVERRIDES": dict,
-    "PROMPTS": items(string(empty=True), repeated=True),
+    "PROMPTS": items(string(empty=True), optional=True, repeated=True),
 }
 # Fields of a recipe that have a parameter of their own; all others come through OVERRIDES.
 _FIELDS = ("TOKEN_BUDGET", "LEARNING_RATE", "SEED", "TORCH_COMPILE", "ANNEAL_WEIGHTS")

@@ -33,29 +33,33 @@ _SFT_SOURCES = (                                      # one without a commit is 
            revision="d72c16e4644a463b9c678c71d9440befd4594556"),
     Source("seed-safety", "seed_safety.jsonl", 14, text_field=None))
 _UNSAID = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
-           "eval_steps", "logging_steps", "fp32_critical_first", "sources.weight")
+           "eval_steps", "best_eval_steps", "save_epochs", "logging_steps", "fp32_critical_first",
+           "sources.weight", "sources.config")
 
 _PREVIEW = Recipe(                                    # card: Stentor2-12M-Preview
     "stentor2-12m-preview", Shape(8064, 256, 768, 12, 4, 4, 1024), "english-8000-consistent-v1",
     (_FINEWEB_EDU, dataclasses.replace(_COSMOPEDIA, weight=0.0)), learning_rate=2e-4,
     per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=4,
     num_processes=1, token_budget=240_000_000, budget_check="micro_batch",
-    eval_steps=375, best_eval_steps=375, max_eval_samples=2_000, logging_steps=125,
+    eval_steps=375, best_eval_steps=375, save_epochs=1, max_eval_samples=2_000, logging_steps=125,
     fp32_critical_last=3, fp32_softmax=True, int8_qat=True, attn_implementation="eager",
     gradient_checkpointing=True,
     published={"parameters": 12_294_400, "best_eval_loss": 3.9145, "best_perplexity": 50.07,
-               "final_eval_loss": 4.0083, "training_hours": 4.4})
+               "final_eval_loss": 4.0083, "training_hours": 4.4},
+    unpublished=("sources.config",))
 _STENTOR2_12M = Recipe(                               # card: Stentor2-12M
     "stentor2-12m", Shape(8064, 256, 768, 12, 4, 4, 1024), "english-8000-strict-nocapcode-v1",
     (_FINEWEB_HQ, _STENCORE), source_token_budget=240_000_000, max_train_steps=9_552,
-    best_eval_start_step=1_500,
+    # best at 1,500 + k x 900, and at the end of epoch 0
+    best_eval_start_step=1_500, save_epochs=1, validation_sources=("fineweb-hq",),
     published={"parameters": 12_294_400, "best_eval_loss": 3.2814, "best_perplexity": 26.61,
-               "final_eval_loss": 3.2565, "blimp": 68.95, "training_hours": 2.1})
+               "final_eval_loss": 3.2565, "blimp": 68.95, "training_hours": 2.1},
+    unpublished=("sources.weight", "sources.config"))
 _STENTOR2_30M = dataclasses.replace(
     _STENTOR2_12M, name="stentor2-30m", shape=Shape(8064, 512, 1024, 10, 8, 8, 1024),
     token_budget=800_000_000, source_token_budget=None, max_train_steps=None,
     published={"parameters": 30_353_920, "best_perplexity": 18.07, "training_hours": 6.75},
-    unpublished=_UNSAID)
+    unpublished=(*_UNSAID, "source_token_budget", "validation_sources"))
 _STENTOR_12M = dataclasses.replace(                   # figures of v1 as the later cards print them
     _PREVIEW, name="stentor-12m", shape=Shape(32_768, 192, 576, 12, 3, 3, 512),
     tokenizer="hf:StentorLabs/Stentor-12M", sources=(_FINEWEB_EDU, _COSMOPEDIA),
@@ -77,23 +81,27 @@ _STENTOR3_20M = Recipe(                               # card: Stentor3-20M
     gradient_accumulation_steps=1, num_processes=8,
     token_budget=8_500_000_000, source_token_budget=8_500_000_000,
     eval_steps=1_000, best_eval_steps=1_000, best_eval_start_step=1_000,
+    validation_sources=("web",),
     mixed_precision="bf16", fp32_critical_first=1, fp32_critical_last=1,
     initialization="residual_scaled",
     published={"parameters": 20_324_160, "best_eval_loss": 2.6406, "best_perplexity": 14.02,
                "training_hours": 8.15, "tokens_per_second": 304_000},
-    unpublished=("anneal_weights", "per_device_eval_batch_size", "logging_steps"))
+    unpublished=("anneal_weights", "per_device_eval_batch_size", "logging_steps",
+                 "save_every_minutes", "save_total_limit", "sources.text_field"))
 _STENTOR3_50M = dataclasses.replace(
     _STENTOR3_20M, name="stentor3-50m",
     shape=Shape(4096, 512, 1536, 15, 8, 2, 4096, rope_theta=50_000.0, tie_word_embeddings=False),
     token_budget=8_300_000_000, source_token_budget=8_300_000_000,
     published={"parameters": 49_430_016, "best_perplexity": 9.64, "training_hours": 8.74},
-    unpublished=("anneal_weights", "per_device_train_batch_size", "learning_rate"))
+    unpublished=(*_STENTOR3_20M.unpublished, "per_device_train_batch_size", "learning_rate",
+                 "validation_sources"))
 _PORTIMBRIA = dataclasses.replace(
     _STENTOR3_20M, name="portimbria-150m", shape=Shape(32_768, 768, 2048, 20, 6, 2, 4096),
     tokenizer="hf:StentorLabs/Portimbria-150M",
     token_budget=6_000_000_000, source_token_budget=6_000_000_000,
     published={"parameters": 151_026_432, "best_perplexity": 18.00, "training_hours": 8},
-    unpublished=("sources", "anneal_weights", "per_device_train_batch_size", "learning_rate"))
+    unpublished=(*_STENTOR3_20M.unpublished, "sources", "per_device_train_batch_size",
+                 "learning_rate", "validation_sources"))
 _BIG_UNSAID = (                                       # torch's own AdamW, where the card says "AdamW"
     "adam_beta1", "adam_beta2", "adam_epsilon", "per_device_train_batch_size",
     "gradient_accumulation_steps", "eval_steps", "best_eval_steps", "max_eval_samples",
@@ -137,7 +145,7 @@ _INSTRUCT = dataclasses.replace(
     warmup_ratio=0.06, weight_decay=0.1, optimizer="paged_adamw_32bit", adam_epsilon=1e-6,
     ema_decay=0.999, mixed_precision="no", fp32_norms=False, fp32_critical_first=0,
     per_device_train_batch_size=48, gradient_accumulation_steps=4,
-    eval_steps=40, best_eval_steps=40, logging_steps=10,
+    eval_steps=40, best_eval_steps=40, save_epochs=0, logging_steps=10,
     published={"parameters": 12_047_040, "best_eval_loss": 4.300, "best_perplexity": 73.7},
     unpublished=("adam_beta1", "adam_beta2"))
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
@@ -214,6 +222,8 @@ def _overridden(recipe: Recipe, overrides: dict) -> tuple[Recipe, list[str]]:
             near = difflib.get_close_matches(str(key), shape_fields | recipe_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             problems.append(f"{key} is not a field of a recipe{hint}")
+    if "sources" in in_recipe and "validation_sources" not in in_recipe:
+        in_recipe["validation_sources"] = None        # other sources: the card's say nothing of them
     shape = dataclasses.replace(recipe.shape, **in_shape)
     return dataclasses.replace(recipe, shape=shape, **in_recipe), problems
 

@@ -68,6 +68,12 @@ def _weight_list(value) -> str | None:
         return "must be a list of weights"
 
 
+def _names(value) -> str | None:
+    if value is not None and not (isinstance(value, tuple) and value
+                                  and all(isinstance(name, str) for name in value)):
+        return "must be None or a list of names of sources"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a pretraining run, each field with its rule (`stentor.rules`).
@@ -119,8 +125,13 @@ class Recipe:
     # evaluation, checkpoints, log
     eval_steps: int = checked(COUNT, 900, free=RESUME)
     best_eval_steps: int = checked(COUNT, 900, free=RESUME)
+    # best evaluations: at this step, and every best_eval_steps from there
     best_eval_start_step: int = checked(FROM_0, 0, free=RESUME)
+    # saved and evaluated too where every so many passes over the tokens end; 0: not for that
+    save_epochs: int = checked(FROM_0, 0, free=RESUME)
     max_eval_samples: int = checked(COUNT, 5_000)     # validation documents of each source
+    # whose held-out documents are measured; None: every source's
+    validation_sources: tuple[str, ...] | None = checked(_names, None)
     save_every_minutes: float = checked(AMOUNT, 30, free=RESUME | DRAW)
     save_total_limit: int = checked(COUNT, 2, free=RESUME | DRAW)
     logging_steps: int = checked(COUNT, 300, free=RESUME | DRAW)
@@ -246,7 +257,8 @@ class Recipe:
             per_device_train_batch_size=16, per_device_eval_batch_size=32,
             gradient_accumulation_steps=1, num_processes=1,
             token_budget=4_000_000, source_token_budget=None, max_train_steps=None,
-            eval_steps=250, best_eval_steps=250, best_eval_start_step=0, max_eval_samples=150,
+            eval_steps=250, best_eval_steps=250, best_eval_start_step=0, save_epochs=0,
+            max_eval_samples=150, validation_sources=None,
             save_every_minutes=2, logging_steps=25,
             mixed_precision="bf16" if cpu_has_bf16() else "no", published={}, unpublished=())
         return twin._small_tuned() if self.optimizer == "muon" else twin
@@ -425,6 +437,15 @@ def _late_weights(recipe: Recipe):
         yield f"anneal_weights has {len(late)} weights for {len(recipe.sources)} sources."
     elif not _are_weights(late):
         yield f"anneal_weights = {shown(late)} must be 0 or more, and not all 0."
+
+
+@about(_BETWEEN, "sources", "anneal_weights", "validation_sources")
+def _validated(recipe: Recipe):
+    read = [source.name for source in recipe.sources if source.weight or recipe.anneal_weights]
+    for name in recipe.validation_sources or ():
+        if name not in read:
+            yield (f"validation_sources: {shown(name)} is none of the sources that are read "
+                   f"({', '.join(read)}); None measures them all.")
 
 
 def _are_weights(values) -> bool:

@@ -127,3 +127,12 @@ def weight_bytes(shape: Shape, precision: str) -> float:
     parts = parameter_budget(shape)
     layers = parts["attention"] + parts["ffn"]
     return layers * linear + (sum(parts.values()) - layers) * other
+
+
+def head_dim_note(shape: Shape, precision: str) -> list[str]:
+    """A sentence for heads that a T4's fused attention is slow with: the Preview's training script
+    stops at any head_dim but 64. precision: the recipe's; only "fp16" is for a T4."""
+    if precision != "fp16" or shape.head_dim == 64:
+        return []
+    return [f"head_dim = {shape.head_dim}: the cards' T4 runs all have 64, and the Preview's script "
+            "refuses any other; it works here, perhaps slower (not measured on a T4)"]

@@ -141,13 +141,18 @@ class TokenStore:
                                      offset=2 * (begin - starts[i])))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    @property
+    def validated(self) -> list[str]:
+        """The sources whose held-out text is measured."""
+        return [name for name in self.names if name in (self.recipe.validation_sources or self.names)]
+
     def validation(self) -> tuple[np.ndarray, int]:
-        """(ids, bytes): the validation tokens of all sources behind one EOS, and their text's size.
+        """(ids, bytes): the validation tokens of `validated` behind one EOS, and their text's size.
 
         bytes: of the text in UTF-8. Evaluated in windows that overlap by one token, so each token
         is predicted exactly once and the summed loss divided by `bytes` is exact.
         """
-        return held_out_text(self.folder, self.manifest, self.names)
+        return held_out_text(self.folder, self.manifest, self.validated)
 
 
 def held_out_text(folder, manifest: dict | None = None, names=None) -> tuple[np.ndarray, int]:

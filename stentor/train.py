@@ -22,6 +22,7 @@ from stentor.folders import load_model
 from stentor.learner import Learner
 from stentor.metrics import LogWindow, Metrics
 from stentor.recipes import Recipe
+from stentor.shapes import head_dim_note
 from stentor.stopping import CutShort, Stopping
 from stentor.tokenizer import tokenizer_sha256
 
@@ -188,7 +189,8 @@ class Run:
         self.say(f"{part}{learner.size:,} parameters on {engine.device} x {engine.world_size}, "
                  f"{precision}; {recipe.total_steps:,} steps x {self.step_tokens:,.0f} tokens; "
                  f"{techniques}")
-        for note in learner.precision["notes"]:
+        notes = head_dim_note(recipe.shape, engine.mixed_precision)
+        for note in [*learner.precision["notes"], *notes]:
             self.say(note)
 
     # What follows from the rest
@@ -210,8 +212,17 @@ class Run:
 
     def evaluation_due(self) -> bool:
         step, recipe = self.state["step"], self.recipe
-        on_time = step % recipe.eval_steps == 0 or step % recipe.best_eval_steps == 0
+        since = step - recipe.best_eval_start_step
+        on_time = (step % recipe.eval_steps == 0 or self.epoch_ended(step)
+                   or since >= 0 and since % recipe.best_eval_steps == 0)
         return (on_time or self.finished()) and self.state["evaluated_step"] != step
+
+    def epoch_ended(self, step: int) -> bool:
+        """Whether step `step` was the last of save_epochs passes over the tokens."""
+        every = self.recipe.save_epochs
+        if not every or not step:
+            return False
+        return self.store.epoch(step) // every > self.store.epoch(step - 1) // every
 
     def save_due(self) -> bool:
         return time.monotonic() - self.last_save > 60 * self.recipe.save_every_minutes

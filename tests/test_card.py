@@ -348,7 +348,7 @@ def write_made(run_dir, of):
                    for n, kind in enumerate(("harmful", "benign"), 7)]
         folder.mkdir()
         (folder / "sft_summary.json").write_text(json.dumps({
-            "base": "final", "deliver": "better", "seeds": [0, 1], "profile": "cpu", "system": "Be kind to all 5.",
+            "base": "/home/me/base", "deliver": "better", "seeds": [0, 1], "profile": "cpu", "system": "Be kind to all 5.",
             "phases": phases, "parameters": summary["parameters"], "trainable_parameters": 1234, "examples": 93,
             "stopping": {"base": share}}))
         (folder / "sft_metrics-better-phase1.jsonl").write_text(metrics)
@@ -387,7 +387,7 @@ def test_what_was_made_of_a_model_has_a_card_and_a_dry_run_of_its_own(run_dir, o
     card, data = path.read_text(), ModelCard.load(path).data.to_dict()
     assert data["base_model"] == "me/base 1" and data["model_card_authors"] == ["A. 2"] and "stentor" in data["tags"]
     summary = json.loads((run_dir / "summary.json").read_text())
-    for text in {"instruct": ["| main | 9 | 4 |", "Why 8?", "Because 7 | it.", "25.0% [", "1,234 trainable",
+    for text in {"instruct": ["| main | 9 | 4 |", "in `base`:", "Why 8?", "Because 8 | it.", "25.0% [", "1,234 trainable",
                               "| training time | 30s |"],
                  "growth": [f"{2 * summary['tokens']:,} tokens more", "| 2 | 2.2500 | 2.5000 |", "61% \\| no.",
                             "| base 1 | 25.0% ["],

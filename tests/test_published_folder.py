@@ -266,6 +266,16 @@ def test_every_weight_is_the_files_also_under_its_old_name(trained, tmp_path, ch
     assert "MISSING" not in "".join(capfd.readouterr())
 
 
+def test_load_stentor2_reads_the_previews_names_as_its_card_does(trained, tmp_path):
+    """The card's helper: (model, tokenizer); transformers alone leaves X.weight_master out and the layer random."""
+    folder = shutil.copytree(trained / "final", tmp_path / "old")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(with_stale(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    model, tokenizer = su.load_stentor2(folder, dtype=torch.float32)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in tensors.items())
+    assert tokenizer.decode(tokenizer("The value")["input_ids"]).strip() == "The value"
+
+
 def without(*words):
     return lambda tensors: {
         key: value for key, value in tensors.items() if not all(word in key for word in words)}

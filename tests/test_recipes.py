@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
+import stentor.checkpoints
+import stentor.train
 import stentor_utils as su
 from stentor.checkpoints import fingerprint_differences, recipe_fingerprint
 from stentor.recipes import DRAW, RESUME
 from stentor.rules import free_fields
+from stentor.shapes import head_dim_note
 from stentor.tuning import tuned_rates
 
 R = su.RECIPES
@@ -243,6 +246,81 @@ def test_what_a_resumed_run_and_a_second_draw_may_change():
             "save_every_minutes", "save_total_limit", "logging_steps", "torch_compile"}
     assert free_fields(su.Recipe, RESUME) == both | {
         "name", "sources", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "eval_steps", "best_eval_steps", "best_eval_start_step", "gradient_checkpointing",
+        "eval_steps", "best_eval_steps", "best_eval_start_step", "save_epochs", "gradient_checkpointing",
         "budget_check"}
     assert free_fields(su.Recipe, DRAW) == both | {"seed", "mixed_precision", "attn_implementation"}
+
+
+def test_the_cards_evaluate_where_they_say():
+    """S2's best evaluations at 1,500 + k x 900, its regular ones every 900, the ends of epochs (step 2,350 of a store of
+    308M tokens); P's every 375; what is measured is the web source alone."""
+    class Store:
+        def epoch(self, step):
+            return step / 2350
+    due = stentor.train.Run.evaluation_due
+
+    def steps(recipe, last):
+        run = stentor.train.Run.__new__(stentor.train.Run)
+        run.recipe, run.store, found = recipe, Store(), []
+        for step in range(last + 1):
+            run.state = {"step": step, "evaluated_step": None}
+            found += [step] if due(run) else []
+        return found
+    second = su.RECIPES["stentor2-12m"]
+    assert steps(second, 3663) == [0, 900, 1500, 1800, 2350, 2400, 2700, 3300, 3600, 3663]
+    assert steps(dataclasses.replace(second, save_epochs=0), 3663) == [0, 900, 1500, 1800, 2400, 2700, 3300, 3600, 3663]
+    assert 2350 not in steps(dataclasses.replace(second, save_epochs=2), 3000)
+    assert steps(su.RECIPES["stentor2-12m-preview"], 1200) == [0, 375, 750, 1125]
+    assert steps(su.RECIPES["stentor3-20m"], 3500) == [0, 1000, 2000, 3000]
+    assert second.validation_sources == ("fineweb-hq",) and su.RECIPES["stentor3-20m"].validation_sources == ("web",)
+    assert second.scaled_to("cpu").validation_sources is None
+    other = {"sources": [{"name": "mine", "path": "local:prose"}]}
+    assert su.find_recipe("stentor2-12m", "t4", other).validation_sources is None
+    with pytest.raises(su.ParameterError, match="validation_sources: 'stencor' is none of the sources that are read"):
+        su.find_recipe("stentor2-12m", "t4", {"validation_sources": ["stencor"]})
+
+
+def test_a_validated_source_is_measured_alone(tiny, tmp_path):
+    sources = [tiny.source, dataclasses.replace(tiny.source, name="again")]
+    store_dir = su.prepare_tokens(sources, tiny.tokenizer, tmp_path / "tokens", validation_documents=4, shard_tokens=20_000,
+                                  tokens_per_source={"topics": 20_000, "again": 20_000})
+    recipe = dataclasses.replace(tiny.recipe, sources=tuple(sources))
+    both, text = su.TokenStore(store_dir, recipe).validation()
+    one, its_text = su.TokenStore(store_dir, dataclasses.replace(recipe, validation_sources=("topics",))).validation()
+    assert 0 < its_text < text and len(one) < len(both) and both[:len(one)].tolist() == one.tolist()
+
+
+def test_old_runs_keep_their_fingerprint_where_their_recipe_did_not_change():
+    """A checkpoint's fingerprint from before `validation_sources`: equal but for the recipes whose card names a source."""
+    for name, recipe in su.ALL_RECIPES.items():
+        mine = stentor.checkpoints.recipe_fingerprint(recipe)
+        old = {key: value for key, value in mine.items() if key != "validation_sources"}
+        changed = stentor.checkpoints.fingerprint_differences(old, mine)
+        assert bool(changed) == bool(recipe.validation_sources), (name, changed)
+        assert stentor.checkpoints.recipe_fingerprint(recipe.scaled_to("cpu"))["validation_sources"] is None
+        assert su.Recipe.from_dict({key: value for key, value in recipe.to_dict().items()
+                                    if key not in ("validation_sources", "save_epochs")}).validation_sources is None
+
+
+def test_what_no_card_prints_is_said_to_be_unpublished():
+    for name, fields in {"stentor2-12m": ("sources.weight", "sources.config"), "stentor2-12m-preview": ("sources.config",),
+                         "stentor3-20m": ("save_every_minutes", "sources.text_field"),
+                         "stentor2-30m": ("source_token_budget",)}.items():
+        assert set(fields) <= set(su.RECIPES[name].unpublished), name
+    known = {field.name for field in dataclasses.fields(su.Recipe)}
+    known |= {f"sources.{field.name}" for field in dataclasses.fields(su.Source)}
+    for name, recipe in su.RECIPES.items():
+        assert set(recipe.unpublished) <= known, name
+
+
+def test_each_card_has_its_own_prompts_and_departures():
+    assert su.card_prompts("stentor2-12m-preview")[0] == "Some sicknesses are" and len(su.card_prompts("stentor3-20m")) == 4
+    assert su.card_prompts("stentor-30m") == su.card_prompts("stentor2-12m")
+    assert su.card_prompts("stentor3-20m-cpu")[0] == "This function returns"
+    assert "ramp" not in su.departures("stentor3-20m") and any("0.999" in one for one in su.departures("stentor-12m-instruct"))
+
+
+def test_heads_other_than_64_are_warned_of_where_a_t4_would_run_them():
+    t4, tpu = su.RECIPES["stentor2-12m"], su.RECIPES["stentor3-20m"]
+    assert head_dim_note(t4.shape, "fp16") == [] == head_dim_note(tpu.shape, "bf16")
+    assert "head_dim = 32" in head_dim_note(tpu.shape, "fp16")[0]

@@ -688,3 +688,44 @@ def test_comparison_tells_apart_what_differs_and_says_its_power_otherwise():
     same = {("card", s): answers(0.4, s) for s in range(3)} | {("better", s): answers(0.4, 10 + s) for s in range(3)}
     found = F["compare"](same, "card", "better", "benign", ("help",))
     assert not found["told_apart"] and 0.2 < found["power_10"] < 0.6 < found["power_20"] < 1
+
+
+def test_the_starter_counts_what_its_adapters_are_not_what_the_card_prints():
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    small, large = (su.RECIPES[name].shape for name in ("stentor3-20m", "stentor3-50m"))
+    assert F["lora_parameters"](small, 16, attention) == 393_216 == 20_717_376 - su.count_parameters(small)
+    assert F["lora_parameters"](large, 16, attention) == 798_720
+    assert F["lora_parameters"](PUBLISHED.shape) == 1_474_560
+
+
+def test_ones_own_conversations_go_in_and_a_merged_model_comes_out(tiny, tmp_path):
+    """Only what the adapters learned differs from the base, and it loads where there is no peft."""
+    lines = [{"prompt": f"What is {n}?", "answer": f"It is {n}."} for n in range(12)]
+    lines += [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    conversations = F["read_conversations"](tmp_path / "own.jsonl")
+    assert len(conversations) == 13 and conversations[0][1] == {"role": "assistant", "content": "It is 0."}
+
+    def load_base():
+        return su.build_model(tiny.recipe.shape, 5)
+    published = dataclasses.replace(PUBLISHED, mixed_precision="no")
+    own = F["tune_on"](conversations, tmp_path / "lora", load_base=load_base, tokenizer=tiny.tokenizer,
+                       published=published, r=4, targets=["q_proj", "v_proj"], epochs=6, rate=2e-2, block=64, seed=0,
+                       say=lambda text: None)
+    rows = [json.loads(line) for line in open(tmp_path / "lora/training/metrics.jsonl")]
+    losses = [row["loss"] for row in rows if row["kind"] == "eval"]
+    assert losses[-1] < losses[0] and own["held_out"] == 1 and own["conversations"] == 12
+    base, merged = load_base().state_dict(), su.load_model(tmp_path / "lora" / "final").state_dict()
+    changed = {name.split(".")[-2] for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {"q_proj", "v_proj"}
+    again = su.load_model(tmp_path / "lora/training/final").state_dict()      # what the loop itself merged
+    assert all(torch.allclose(again[name], merged[name], atol=1e-6) for name in merged)
+
+
+@pytest.mark.parametrize("line, said", [
+    ('{"prompt": "x"}', "line 2 is no conversation"), ("[1]", "line 2 is no conversation"), ("{", "line 2 is no conversation"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "no answer of an assistant"), ("", "two or more are needed")])
+def test_a_line_that_is_no_conversation_is_named(tmp_path, line, said):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line)
+    with pytest.raises(su.ParameterError, match=said):
+        F["read_conversations"](tmp_path / "own.jsonl")

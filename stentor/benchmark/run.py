@@ -19,6 +19,7 @@ from stentor.folders import load_model, weights_problem
 from stentor.process import own_command, own_environment, run_process
 from stentor.secrets import redact
 from stentor.tokenizer import load_tokenizer, tokenizer_fit
+from stentor.watching import watching
 
 
 class EvaluationFailed(StentorError, RuntimeError):
@@ -39,7 +40,8 @@ def launch(config: dict, folder, *, num_processes: int | None = None, say=None) 
     cores = str(max(1, (os.cpu_count() or 1) // num_processes))
     env = own_environment({"OMP_NUM_THREADS": cores} if num_processes > 1 else {})
     command = own_command("benchmark", folder / "benchmark.json", num_processes=num_processes)
-    ended = run_process(command, env, say=say)
+    with contextlib.nullcontext(say) if say else watching(log=folder / "log.txt") as tell:
+        ended = run_process(command, env, say=tell)
     if ended.code:
         raise EvaluationFailed(f"the evaluation ended with exit code {ended.code}. " + "".join(
             ended.errors or ["Its last lines:\n", *list(ended.tail)[-15:]]))

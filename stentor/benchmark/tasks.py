@@ -27,7 +27,9 @@ BLOCKS = {
 # Those of its peers that are on the hub under a name the card's table makes plain.
 PEERS = {"DistilGPT2": "hf:distilbert/distilgpt2", "Pythia-14M": "hf:EleutherAI/pythia-14m",
          "Pythia-31M": "hf:EleutherAI/pythia-31m", "Pythia-70M": "hf:EleutherAI/pythia-70m",
-         "TinyStories-33M": "hf:roneneldan/TinyStories-33M"}
+         "TinyStories-33M": "hf:roneneldan/TinyStories-33M",
+         "Stentor3-50M": "hf:StentorLabs/Stentor3-50M",
+         "Portimbria-150M": "hf:StentorLabs/Portimbria-150M"}
 
 
 def load_tasks(block: dict, seed: int) -> dict:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stentor.files import ParameterError
+from stentor.inference import guide_record
 from stentor.published import ALL_RECIPES, card_recipe
 from stentor.shapes import Shape
 
@@ -23,7 +24,8 @@ SUBJECTS = {"final": ("final", "model_card.json"),
             "instruct": ("instruct/final", "instruct/model_card.json"),
             "growth": ("growth/final", "growth/model_card.json"),
             "export": ("export", "export/model_card.json")}
-PUBLISHED = "published recipe "                       # of a Facts file that is no file of the run
+# Of Facts files that are no files of the run.
+PUBLISHED, GUIDE = "published recipe ", "published settings for "
 MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
 # A number and what is glued to it (4.9041, 240,001,024, 12M, v5e-8, 1e-05): any word with a digit
 # in it.
@@ -62,6 +64,8 @@ class Facts:
             try:
                 if file.startswith(PUBLISHED):
                     content = ALL_RECIPES[file.removeprefix(PUBLISHED)].to_dict()
+                elif file.startswith(GUIDE):
+                    content = guide_record(file.removeprefix(GUIDE))
                 elif file.endswith(".csv"):
                     with open(path, newline="", encoding="utf-8") as opened:
                         content = list(csv.DictReader(opened))

@@ -2,11 +2,18 @@
 exported files."""
 from __future__ import annotations
 
+from pathlib import Path
+
 from stentor.card.facts import Facts, NOT_MEASURED, cell, fenced, plain, row
 from stentor.card.scores import interval, phases, probes
 
 SFT, STAGES, PAYOFF = ("instruct/sft_summary.json", "growth/curriculum.json",
                        "growth/payoff.json")
+
+
+def folder_name(path) -> str:
+    """A path as a card may show it: where it lay on somebody's disk is nobody's business."""
+    return cell(Path(path).name if Path(path).is_absolute() else path)
 
 
 def title(facts: Facts) -> str:
@@ -15,7 +22,7 @@ def title(facts: Facts) -> str:
 
 def instruct_opening(facts: Facts) -> str:
     return f"""{title(facts)}
-A chat version of the model in `{facts.show(SFT, "base", form=cell)}`: LoRA adapters of \
+A chat version of the model in `{facts.show(SFT, "base", form=folder_name)}`: LoRA adapters of \
 {facts.show(SFT, "trainable_parameters")} trainable parameters,
 trained in phases on conversations and merged into {facts.show(SFT, "parameters")} parameters. \
 {what_the_probe_found(facts)}
@@ -60,17 +67,17 @@ def instruct_training(facts: Facts) -> str:
 
 
 def instruct_answers(facts: Facts, count: int = 4) -> str:
-    """The first answers of the probe, unselected: of harmless and harmful prompts in turn."""
+    """The first answers of the probe to harmless prompts, unselected."""
     place = ("instruct/probe.json", "models", delivered(facts), "answers")
     rows = facts.get(*place) or []
     lines = ["## Answers", ""]
     if not rows:
         return "\n".join([*lines, f"Answers: {NOT_MEASURED}.", ""])
-    greedy = [i for i, one in enumerate(rows) if one.get("decoding") == "greedy"]
-    kinds = [[i for i in greedy if rows[i].get("kind") == kind][:count // 2]
-             for kind in ("benign", "harmful")]
-    lines += ["Not selected: the first of the probe's harmless and harmful prompts, greedy.", ""]
-    for i in (i for kind in kinds for i in kind):
+    benign = [i for i, one in enumerate(rows)
+              if (one.get("decoding"), one.get("kind")) == ("greedy", "benign")][:count]
+    lines += ["Not selected: the first of the probe's harmless prompts, greedy. What it answers to "
+              "harmful ones is counted above and stands in `probe.json`.", ""]
+    for i in benign:
         lines += [f"**{facts.show(*place, i, 'prompt', form=cell)}** "
                   f"({facts.show(*place, i, 'label', form=cell)})", "",
                   fenced(facts, *place, i, "answer"), ""]

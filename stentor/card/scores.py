@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from stentor.card.facts import Facts, NOT_MEASURED, benchmark_rows, cell, row
+from stentor.card.facts import Facts, NOT_MEASURED, benchmark_rows, cell, plain, row
 
 CHARTS = ("loss", "bits_per_byte", "benchmark", "blimp", "sft", "probe")   # of 06, on a card
 
@@ -14,11 +14,14 @@ def results(facts: Facts) -> str:
     gain = facts.derive(lambda bigram, bits: bigram - bits, ".4f",
                         "byte_bigram_bits_per_byte - bits_per_byte",
                         bigram, (summary, "bits_per_byte"))
+    place = ("run.json", "recipe", "validation_sources")
+    which = "the training\nsources"
+    if facts.get(*place):
+        which = f"the source\n{facts.show(*place, form=plain)} alone"
     return f"""## Results
 
 Measured on the saved weights, read back, over {facts.show(summary, "eval_tokens")} tokens of \
-held-out documents of the training
-sources. Loss and perplexity compare only under the same tokenizer; bits per byte compares across \
+held-out documents of {which}. Loss and perplexity compare only under the same tokenizer; bits per byte compares across \
 tokenizers.
 
 | held-out text | |

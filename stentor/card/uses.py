@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from stentor.card.facts import (
-    Facts, NOT_MEASURED, PUBLISHED, cell, plain, row, shape_from, shape_place)
+    Facts, GUIDE, NOT_MEASURED, PUBLISHED, cell, plain, row, shape_from, shape_place)
 from stentor.card.scores import interval
 from stentor.published import RECIPES
 from stentor.shapes import count_parameters
@@ -39,19 +39,26 @@ def quality(facts: Facts) -> str:
 
 
 def recommended(facts: Facts) -> str:
-    """The defaults in the folder's generation_config.json, and the card's ranges where printed."""
+    """The defaults in the folder's generation_config.json, beside the card's ranges as published."""
     file = f"{'final' if facts.of == 'export' else facts.model}/generation_config.json"
+    recipe = {"instruct": "stentor-12m-instruct", "growth": "stentor-big"}.get(
+        facts.of, str(facts.get("run.json", "recipe", "name") or ""))
+    guide = GUIDE + recipe
     lines = ["## Recommended settings", "",
-             "`generate()` uses these by itself; they stand in `generation_config.json`.", "",
-             "| setting | value |", "|---|---|"]
+             "`generate()` uses the first column by itself; it stands in `generation_config.json`. The "
+             f"others are as published by {facts.show(guide, 'card', form=cell)}, whose guide comes "
+             "nearest: they were not measured on this model.", "",
+             "| setting | here | quick start | from | to |", "|---|---|---|---|---|"]
     for key, title in SETTINGS.items():
-        lines.append(row(title, facts.show(file, key, form="g")))
+        published = (facts.show(guide, *place, form="g") for place in (
+            ("quick_start", key), ("ranges", key, 0), ("ranges", key, 1)))
+        lines.append(row(title, facts.show(file, key, form="g"),
+                         *(text.replace(NOT_MEASURED, "not printed") for text in published)))
     length = facts.derive(lambda v: shape_from(v).max_position_embeddings, ",",
                           "max_position_embeddings, prompt and answer", shape_place(facts))
-    lines += [row("tokens, prompt and answer together, at most", length), "",
-              "They are the card's that the recipe comes from; that they suit this model best was "
-              "not measured. Give `attention_mask`: padding is the end-of-text token. To compare "
-              "texts, fix the seed; for one that is always the same, `do_sample=False`."]
+    lines += ["", f"Prompt and answer together have at most {length} tokens. Give `attention_mask`: "
+              "padding is the end-of-text token. To compare texts, fix the seed; for one that is "
+              "always the same, `do_sample=False`."]
     return "\n".join(lines) + "\n"
 
 
