@@ -99,8 +99,10 @@ def architecture(facts: Facts) -> str:
     total = facts.derive(lambda values: count_parameters(Shape(**values)), ",", "sum of the parts",
                          place)
     tied = facts.get(*place, "tie_word_embeddings")
-    kind = ("`Qwen3ForCausalLM` (Llama with an RMSNorm on queries and keys)"
-            if facts.get(*place, "qk_norm") else "`LlamaForCausalLM`")
+    kind = "`LlamaForCausalLM`"
+    if facts.get(*place, "qk_norm"):
+        kind = (f"`{facts.show('final/config.json', 'architectures', 0, form=plain)}` (Llama with "
+                "an RMSNorm on queries and keys)")
     parts = "\n".join(budget(facts, place, shape))
     return f"""## Architecture
 
