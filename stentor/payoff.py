@@ -37,11 +37,11 @@ from stentor.published import ALL_RECIPES
 from stentor.recipes import Recipe, Source
 from stentor.shapes import Shape, count_parameters, training_flops
 from stentor.sources import clean_documents
-from stentor.tokenizer import (
-    bpe_tokenizer, load_tokenizer, save_tokenizer, train_bpe, vocabulary_rows)
+from stentor.tokenizer import load_tokenizer, save_tokenizer, vocabulary_rows
 from stentor.tokens import TokenStore
 from stentor.train import train
 from stentor.tuning import tuned_rates
+from stentor.vocabulary import bpe_tokenizer, train_bpe
 
 TOKENS = 150_000                                      # of a small trial: three seeds in half of 6 minutes
 AIM = 0.6                                             # of scratch's compute: what growing should need
