@@ -197,4 +197,7 @@ def test_07_grows_the_run_s_model_or_the_published_one_and_refuses_before_work(t
         return list(notebook["shape_problems"](None, shape, "spread", "cpu", [tmp_path]))
     assert problems({}) == []
     assert notebook["wanted_shape"](su.RECIPES["stentor-30m"].shape, {}) == su.RECIPES["stentor-big"].shape
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}}))
+    assert "cannot be grown" in next(notebook["shape_problems"](str(tmp_path / "odd"), {}, "spread", "cpu", [tmp_path]))
     assert "never takes away" in problems({"hidden_size": 16})[0] and "'hidden_sice'" in problems({"hidden_sice": 5})[0]
