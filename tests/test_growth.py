@@ -180,3 +180,24 @@ su.train(recipe, store, folder, tokenizer=tokenizer, model=grown)
     assert exits == [0, 7, 0] and "going on from step 8 of 24" in done.stdout, done.stdout + done.stderr
     whole, killed = ((tmp_path / folder / "final" / "model.safetensors").read_bytes() for folder in ("whole", "killed"))
     assert whole == killed
+
+
+def test_07_grows_the_run_s_model_or_the_published_one_and_refuses_before_work(tiny, tmp_path):
+    from notebook_functions import load_functions
+    notebook = load_functions("07_growth")
+    folder = notebook["model_folder"]
+    assert folder(None, "cpu", [tmp_path]) is None                        # a small one is trained first
+    assert folder(None, "t4", [tmp_path]) == "hf:StentorLabs/Stentor-30M"
+    small = su.build_model(tiny.recipe.shape, eos_token_id=tiny.tokenizer.eos_token_id)
+    su.save_model_folder(small, tiny.tokenizer, tmp_path / "final")
+    assert folder(None, "t4", [tmp_path]) == folder(None, "cpu", [tmp_path]) == str(tmp_path / "final")
+    assert folder("hf:some/model", "t4", [tmp_path]) == "hf:some/model"
+
+    def problems(shape):
+        return list(notebook["shape_problems"](None, shape, "spread", "cpu", [tmp_path]))
+    assert problems({}) == []
+    assert notebook["wanted_shape"](su.RECIPES["stentor-30m"].shape, {}) == su.RECIPES["stentor-big"].shape
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}}))
+    assert "cannot be grown" in next(notebook["shape_problems"](str(tmp_path / "odd"), {}, "spread", "cpu", [tmp_path]))
+    assert "never takes away" in problems({"hidden_size": 16})[0] and "'hidden_sice'" in problems({"hidden_sice": 5})[0]

@@ -458,6 +458,15 @@ def test_a_built_notebook_is_the_same_notebook_small_enough_and_says_where_it_is
     assert notebook.metadata.kaggle == bundle.kaggle_metadata(name)
 
 
+def test_what_one_notebook_alone_imports_is_in_that_one_alone():
+    """Or every notebook carries what 07 calls, and 04 grows beyond what Kaggle takes."""
+    for name, row in bundle.table().items():
+        for other in NAMES:
+            assert set(row.get("with", [])) <= set(bundle.carried(other)) if other == name else (
+                not set(row.get("with", [])) & set(bundle.carried(other)))
+    assert "stentor/payoff.py" in bundle.carried("07_growth")
+
+
 def test_too_large_a_notebook_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "LARGEST", 100_000)
     with pytest.raises(ValueError, match="Kaggle takes 100,000"):
@@ -533,7 +542,8 @@ def test_the_built_01_runs_alone(built, tmp_path):
 SLOW = pytest.mark.skipif(not os.environ.get("STENTOR_SLOW"), reason="minutes: STENTOR_SLOW=1")
 SMALL = {"01_tokenizer": {"SAMPLE_MB": 1, "TIME_BUDGET_SECONDS": 10}, "02_pretrain_t4": {"TOKEN_BUDGET": 300_000},
          "03_pretrain_tpu": {"TOKEN_BUDGET": 300_000}, "04_instruct_sft": {"SEEDS": [0], "LIMIT": 32},
-         "05_benchmark": {"PAIRS": 20}, "06_charts": {"CONTINUATIONS": 4}}
+         "05_benchmark": {"PAIRS": 20}, "06_charts": {"CONTINUATIONS": 4},
+         "07_growth": {"TOKEN_BUDGET": 10_000, "TRIAL_TOKENS": 6_000, "SEEDS": [42], "FRAGMENTS": 1}}
 
 
 @SLOW

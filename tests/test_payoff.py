@@ -20,7 +20,7 @@ def test_flops_of_stentor_30m_by_hand():
 def trial(tiny):
     recipe = dataclasses.replace(tiny.recipe, name="trial", shape=su.Shape(len(tiny.tokenizer), 32, 64, 2, 2, 2, 64),
                                  gradient_accumulation_steps=1)
-    return su.payoff.Trial(recipe, base_tokens=10_000, scratch_tokens=20_000, evaluations=3)
+    return su.payoff.Trial(recipe, base_tokens=10_000, scratch_tokens=20_000, rate=0.5, evaluations=3)
 
 
 def test_every_runs_compute_is_its_share_of_from_scratchs(trial):
