@@ -1,0 +1,74 @@
+"""llama.cpp, from xllamacpp's wheel, fed with ids: what a GGUF file says, token by token."""
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from stentor.export.packages import require
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp's own server, in this process.
+
+    exact: keys and values in fp32 and no flash attention, so that nothing but the order of additions
+    differs from transformers; False: llama.cpp's defaults (an fp16 cache). It listens on a port of the
+    loopback until `close`.
+    """
+
+    def __init__(self, file, *, context: int, threads: int | None = None, exact: bool = True):
+        require("xllamacpp")
+        import xllamacpp
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(file)
+        settings.n_ctx, settings.n_parallel, settings.warmup = context, 1, False
+        settings.verbosity = -1                       # its log is a page a model
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads or os.cpu_count()
+        if exact:
+            settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            settings.flash_attn_type = \
+                xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = xllamacpp.Server(settings)
+
+    @property
+    def address(self) -> str:
+        """http://127.0.0.1:port of its HTTP server."""
+        return self.server.listening_address
+
+    def close(self) -> None:
+        self.server = None
+
+    def greedy(self, ids: list[int], new_tokens: int) -> list[int]:
+        """The likeliest continuation, up to `new_tokens` ids, EOS left out."""
+        return [entry["id"] for entry in self._complete(ids, new_tokens, 1)]
+
+    def log_probabilities(self, ids: list[int]) -> np.ndarray:
+        """float32 (len(ids), rows): after each beginning of `ids`, the log probability of each token."""
+        found = []
+        for end in range(1, len(ids) + 1):
+            entry, = self._complete(ids[:end], 1, 1 << 20, cache_prompt=True)
+            rows = entry["top_logprobs"]
+            row = np.empty(len(rows), np.float32)
+            row[[token["id"] for token in rows]] = [token["logprob"] for token in rows]
+            found.append(row)
+        return np.stack(found)
+
+    def losses(self, ids: list[int]) -> np.ndarray:
+        """float32 (len(ids) - 1,): nats of each token after the first.
+
+        A bias makes the sampler take the text's own token, and the server reports what that had
+        before any bias: 1 ms a token, where all of 4,096 probabilities took 50.
+        """
+        entries = [self._complete(ids[:end], 1, 1, cache_prompt=True, logit_bias=[[ids[end], 1e6]])
+                   for end in range(1, len(ids))]
+        assert [entry["id"] for entry, in entries] == list(ids[1:])
+        return np.array([-entry["logprob"] for entry, in entries], np.float32)
+
+    def _complete(self, ids: list[int], new_tokens: int, top: int, **more) -> list[dict]:
+        answer = self.server.handle_completions({
+            "prompt": list(map(int, ids)), "n_predict": new_tokens, "temperature": 0, "top_k": 1,
+            "samplers": ["top_k"], "repeat_penalty": 1.0, "n_probs": top, "cache_prompt": False,
+            **more})
+        if "choices" not in answer:
+            raise RuntimeError(f"llama.cpp: {str(answer)[:200]}")
+        return answer["choices"][0]["logprobs"]["content"]
