@@ -147,6 +147,8 @@ def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
 @pytest.mark.parametrize("run, said", [("empty", "holds no run"), ("..", "plain name"), ("gone", "is not in")])
 def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
     (tmp_path / "empty" / "notebooks").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "metrics.jsonl").write_text("")
     done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", f"RUN={run}",
                            f"OUTPUTS={tmp_path}"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr

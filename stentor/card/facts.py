@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from stentor.published import ALL_RECIPES
+from stentor.published import ALL_RECIPES, card_recipe
 
 NOT_MEASURED = "not measured"
 MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
@@ -150,10 +150,10 @@ def row(*cells: str) -> str:
 
 
 def own_recipe(facts: Facts) -> str | None:
-    """The published recipe that the run's recipe comes from, as the name of a file of `Facts`;
-    None for an own one."""
+    """The published recipe that the run's recipe comes from, or is a twin of, as the name of a
+    file of `Facts`; None for an own one."""
     name = str(facts.get("run.json", "recipe", "name") or "").removesuffix("-cpu")
-    return f"published recipe {name}" if name in ALL_RECIPES else None
+    return f"published recipe {card_recipe(name).name}" if name in ALL_RECIPES else None
 
 
 def benchmark_rows(facts: Facts) -> tuple[str | None, list[int]]:

@@ -78,9 +78,9 @@ def opening(facts: Facts) -> str:
     count, tokens = (facts.show("summary.json", key) for key in ("parameters", "tokens"))
     return f"""# {facts.show("model_card.json", "parameters", "name", form=cell)}
 
-A Llama language model of {count} parameters, trained from nothing on {tokens} tokens by the recipe
-{facts.show("run.json", "recipe", "name", form=cell)} of the Stentor suite. It is a small model: \
-it continues text fluently
+A small language model of {count} parameters, trained from nothing on {tokens} tokens by the recipe
+{facts.show("run.json", "recipe", "name", form=cell)} of the Stentor suite. It continues text \
+fluently
 before it knows anything, so check what it says.
 
 Every number below was filled in from a file of the run; `model_card.json` names the file and the \
@@ -95,15 +95,16 @@ def architecture(facts: Facts) -> str:
     def shape(key, form=","):
         return facts.show(*place, key, form=form)
 
-    head = facts.derive(lambda s: s["hidden_size"] // s["num_attention_heads"], ",",
-                        "hidden_size / num_attention_heads", place)
+    head = head_dim(facts, place)
     total = facts.derive(lambda values: count_parameters(Shape(**values)), ",", "sum of the parts",
                          place)
     tied = facts.get(*place, "tie_word_embeddings")
+    kind = ("`Qwen3ForCausalLM` (Llama with an RMSNorm on queries and keys)"
+            if facts.get(*place, "qk_norm") else "`LlamaForCausalLM`")
     parts = "\n".join(budget(facts, place, shape))
     return f"""## Architecture
 
-`LlamaForCausalLM`, {"input and output embeddings tied" if tied else
+{kind}, {"input and output embeddings tied" if tied else
                      "output embeddings of its own"}.
 
 | | |
@@ -128,6 +129,11 @@ How the parameters add up (no biases):
 """
 
 
+def head_dim(facts: Facts, place: tuple) -> str:
+    return facts.derive(lambda s: s["hidden_size"] // s["num_attention_heads"], ",",
+                        "hidden_size / num_attention_heads", place)
+
+
 def budget(facts: Facts, place: tuple, shape) -> list[str]:
     """A row for each part of the parameters: the formula with this shape's figures, the count."""
     def layers():
@@ -148,11 +154,14 @@ def budget(facts: Facts, place: tuple, shape) -> list[str]:
 
     # an untied lm_head is a second table
     table = "× 2 × " if facts.get(*place, "tie_word_embeddings") is False else "× "
+    norms = f"{layers()} × 2 × {hidden()} + {hidden()}"
+    if facts.get(*place, "qk_norm"):
+        norms += f" + {layers()} × 2 × {head_dim(facts, place)}"
     formulas = {
         "embedding": f"{shape('vocab_size')} {table}{hidden()}",
         "attention": f"{layers()} × (2 × {hidden()} × {hidden()} + 2 × {hidden()} × {keys()})",
         "ffn": f"{layers()} × 3 × {hidden()} × {shape('intermediate_size')}",
-        "norms": f"{layers()} × 2 × {hidden()} + {hidden()}"}
+        "norms": norms}
     return [row(key.replace("ffn", "feed-forward"), formula, part(key, ",.0f", ""),
                 part(key, ".1%", " / total", count_parameters))
             for key, formula in formulas.items()]
