@@ -10,9 +10,11 @@
     worker measure claims           one process a format; equal tokens, loss, speed; what the cards say
 """
 from stentor.export.claims import CLAIMS, claims_table                                          # noqa: F401
-from stentor.export.formats import FIVE_LINES, FORMATS, skipped, write_format                   # noqa: F401
+from stentor.export.formats import (                                                            # noqa: F401
+    FIVE_LINES, FORMATS, local_folder, skipped, write_format)
 from stentor.export.gguf_file import write_gguf                                                 # noqa: F401
-from stentor.export.gguf_tokenizer import gguf_tokenizer, why_not_gpt2                          # noqa: F401
+from stentor.export.gguf_tokenizer import (                                                        # noqa: F401
+    gguf_tokenizer, longest_match_share, why_not_gpt2)
 from stentor.export.llama_cpp import LlamaCpp                                                   # noqa: F401
 from stentor.export.measure import (                                                            # noqa: F401
     HeldOut, MeasuringFailed, compare, held_out, measure_format)

@@ -115,6 +115,14 @@ def _tokenizer_beside(source, folder: Path) -> None:
     save_tokenizer(load_tokenizer(source), folder / "tokenizer")
 
 
+def local_folder(model: str, folder) -> Path:
+    """The folder of a model, or that of a hub name's files, saved in `folder` in fp32 as ours are."""
+    if Path(model).is_dir():
+        return Path(model)
+    write_floats(model, folder, "fp32")
+    return Path(folder)
+
+
 FIVE_LINES = '''import xllamacpp
 from transformers import AutoTokenizer
 

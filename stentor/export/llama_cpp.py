@@ -1,7 +1,9 @@
 """llama.cpp, from xllamacpp's wheel, fed with ids: what a GGUF file says, token by token."""
 from __future__ import annotations
 
+import json
 import os
+import urllib.request
 
 import numpy as np
 
@@ -37,6 +39,14 @@ class LlamaCpp:
 
     def close(self) -> None:
         self.server = None
+
+    def tokenize(self, text: str) -> list[int]:
+        """llama.cpp's own ids of a text; of a file that must be fed, none."""
+        body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+        asked = urllib.request.Request(f"{self.address}/tokenize", body,
+                                       {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as answer:
+            return json.load(answer)["tokens"]
 
     def greedy(self, ids: list[int], new_tokens: int) -> list[int]:
         """The likeliest continuation, up to `new_tokens` ids, EOS left out."""

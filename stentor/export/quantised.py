@@ -2,7 +2,8 @@
 
 In each of them the embedding counts. A small model is mostly that: of Stentor-12M's 12.0 million
 parameters 6.3 are its table, so "8 bits" is not a quarter of fp32 while the table stays as it was.
-Neither torchao nor bitsandbytes quantises an embedding or the head tied to it; they stay tied, in 16 bits (torchao bf16, bitsandbytes fp16).
+Neither torchao nor bitsandbytes quantises an embedding or the head tied to it; they stay tied, in 16 bits
+(torchao bf16, bitsandbytes fp16).
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import warnings
 import torch
 from torch import nn
 
-from stentor.export.packages import missing, require
+from stentor.export.packages import missing
 from stentor.files import ParameterError
 from stentor.folders import load_model, save_model_folder
 from stentor.tokenizer import load_tokenizer
