@@ -16,8 +16,9 @@ from stentor import export
 from stentor.export.gguf_file import KINDS, rope_pairs
 from stentor.export.runners import Transformers
 
-GOLDEN = ["Hello world", "  two  spaces\n\nand\ttabs ", "it's we'll I'd 'S", "naïve café Ångström ﬁ", "日本語のテキスト", "αβγ ДЖ 12345 3.14",
-          "def f(x):\n    return x ** 2  # squared", "emoji 👩‍👩‍👧 🎉 done", "MiXeD CaSe, PUNCT!?…", "a\u00a0b\u2003c\u200bd", ""]
+GOLDEN = ["Hello world", "  two  spaces\n\nand\ttabs ", "it's we'll I'd 'S", "naïve café Ångström ﬁ",
+          "日本語のテキスト", "αβγ ДЖ 12345 3.14", "def f(x):\n    return x ** 2  # squared",
+          "emoji 👩‍👩‍👧 🎉 done", "MiXeD CaSe, PUNCT!?…", "a\u00a0b\u2003c\u200bd", ""]
 
 
 def needs(*packages):
@@ -27,7 +28,7 @@ def needs(*packages):
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
-    """{"llama": grouped heads, TokenMonster, tied; "qwen3": QK-norm, BPE, untied; "wide": 256 wide}: folders, random but sharp."""
+    """Folders, random but sharp. llama: grouped heads, TokenMonster, tied; qwen3: QK-norm, BPE, untied; wide: 256 wide."""
     folder, made = tmp_path_factory.mktemp("models"), {}
     rows = len(tiny.tokenizer)
     bpe = bpe_tokenizer(tiny)
@@ -48,7 +49,8 @@ def bpe_tokenizer(tiny):
     from stentor.vocabulary import train_bpe
     from transformers import PreTrainedTokenizerFast
     texts = [json.loads(line)["text"] for line in open(tiny.folder / "topics.jsonl")]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts, 600), eos_token="</s>", bos_token="<s>", pad_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts, 600), eos_token="</s>", bos_token="<s>",
+                                        pad_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return tokenizer
 
@@ -73,7 +75,7 @@ def assert_same(runner, folder, tolerance=2e-4):
     wanted = reference.log_probabilities(text)
     assert np.abs(runner.log_probabilities(text) - wanted).max() < tolerance
     assert np.abs(runner.losses(text) - reference.losses(text)).max() < tolerance
-    assert len({tuple(ids) for ids in map(lambda p: reference.greedy(p, 16), prompts)}) > 25      # not one loop for all
+    assert len({tuple(reference.greedy(ids, 16)) for ids in prompts}) > 25      # not one loop for all
 
 
 @needs("gguf", "xllamacpp")
@@ -113,7 +115,8 @@ def test_a_tokenmonster_gguf_refuses_text_and_the_lines_beside_it_feed_ids(model
     for text in filter(None, GOLDEN):
         assert runner.tokenize(text) == [], text      # no token at all, never a near-match
     runner.close()
-    program = export.FIVE_LINES.format(file=written.path.name, prompt="The function").replace('"n_predict": 50', '"n_predict": 5, "temperature": 0')
+    program = export.FIVE_LINES.format(file=written.path.name, prompt="The function")
+    program = program.replace('"n_predict": 50', '"n_predict": 5, "temperature": 0')
     done = subprocess.run([sys.executable, "-c", program], cwd=written.path.parent, capture_output=True, text=True)
     tokenizer = su.load_tokenizer(models.llama)
     reference = Transformers(su.load_model(models.llama))
@@ -142,7 +145,8 @@ def test_what_a_gguf_says_about_the_model(models, tmp_path):
         reader = gguf.GGUFReader(tmp_path / "m.gguf")
         said = {key: field.contents() for key, field in reader.fields.items()}
         for key, value in {"rope.freq_base": config.rope_parameters["rope_theta"], "attention.head_count": 4,
-                           "attention.head_count_kv": 2, "context_length": 128, "block_count": 2, "vocab_size": config.vocab_size,
+                           "attention.head_count_kv": 2, "context_length": 128, "block_count": 2,
+                           "vocab_size": config.vocab_size,
                            "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "attention.key_length": 16}.items():
             assert said[f"{name}.{key}"] == pytest.approx(value), key
         assert said["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
@@ -157,7 +161,8 @@ def test_what_a_gguf_says_about_the_model(models, tmp_path):
 
 
 @needs("gguf")
-@pytest.mark.parametrize("kind, bits, error", [("q8_0", 8.5, 0.012), ("q4_0", 4.5, 0.11), ("q6_k", 6.5625, 0.03), ("q4_k", 4.5, 0.1)])
+@pytest.mark.parametrize("kind, bits, error", [("q8_0", 8.5, 0.012), ("q4_0", 4.5, 0.11), ("q6_k", 6.5625, 0.03),
+                                               ("q4_k", 4.5, 0.1)])
 def test_quantised_blocks_decode_to_the_weights(kind, bits, error):
     import gguf
     from stentor.export.gguf_file import encode
@@ -246,7 +251,8 @@ def test_a_quantised_folder_loads_in_one_line_and_stays_tied(models, tmp_path, f
             "m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
             "t = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
             "x = t('The function', return_tensors='pt')\n"
-            "print(len(t.decode(m.generate(**x, max_new_tokens=4)[0])) > 12, m.get_input_embeddings().weight is m.lm_head.weight)")
+            "said = t.decode(m.generate(**x, max_new_tokens=4)[0])\n"
+            "print(len(said) > 12, m.get_input_embeddings().weight is m.lm_head.weight)")
     done = subprocess.run([sys.executable, "-c", code, str(written.path)], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
     full, _, losses = su.load_model(models.llama), None, {}
@@ -287,7 +293,8 @@ def test_a_process_a_format_measures_it_and_the_comparison_is_right(models, tiny
     found = {}
     for form, folder in (("fp32", models.llama), ("fp16", models.llama)):
         written = export.write_format(form, folder, tmp_path)
-        found[form] = export.measure_format(form, written.path, asked, tmp_path / "measured", context=128, new_tokens=5, threads=1)
+        found[form] = export.measure_format(form, written.path, asked, tmp_path / "measured", context=128, new_tokens=5,
+                                            threads=1)
     reference = Transformers(su.load_model(models.llama))
     assert found["fp32"]["greedy"] == [reference.greedy(ids, 5) for ids in asked.prompts]
     assert found["fp32"]["nats"] == pytest.approx([float(reference.losses(ids).sum()) for ids in asked.windows], rel=1e-5)
