@@ -33,16 +33,18 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     curriculum payoff   stages one after the other; whether growing pays, over compute
     master_test         a hundred fragments, continued and scored by rules
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
+    conversation demo/  a chat as tokens, trimmed as in training; the model in a browser (Gradio)
 
 tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside every saved model.
 """
 import importlib
 import sys
 
-from stentor import statistics, vocabulary                                                                      # noqa: F401
-from stentor.alone import (                                                                       # noqa: F401
+from stentor import conversation, statistics, vocabulary                                           # noqa: F401
+from stentor.alone import (                                                                         # noqa: F401
     EFFORT, bring, build_tokenizer, find_model, offline_problem, published_model, read_source)
-from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
+from stentor.card import (                                                                          # noqa: F401
+    check_model_card, described_models, measure_limitations, write_model_card)
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
@@ -77,7 +79,8 @@ from stentor.publish import publish                                             
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
 from stentor.session import (                                                                       # noqa: F401
     find_outputs, find_profile, hours_left, run_problem, session_end, writable_run)
-from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget                # noqa: F401
+from stentor.shapes import (                                                                        # noqa: F401
+    Shape, count_parameters, kv_cache_bytes, parameter_budget, weight_bytes)
 from stentor.speed import generation_speed, replacement_rate                                        # noqa: F401
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401

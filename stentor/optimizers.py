@@ -91,8 +91,8 @@ class MuonAdamW(torch.optim.AdamW):
     not in the TPU image's torch 2.8, it multiplies in bf16 on a T4, which has no such units, and it
     takes one matrix at a time, 15 small products each; here matrices of one shape are one batch.
     One optimiser for both, so that loss scaling, checkpoints and the loop see one.
-    Each process of several makes the same update: of the step's arithmetic it is 1% (12M and 150M
-    parameters at the cards' batches), too little to share out and send round.
+    Each process of several makes the same update: at the cards' batches it is under 1% of a step
+    (tests/benchmarks/bench_optimizer.py), too little to share out and send round.
     """
 
     def __init__(self, groups: list[dict], *, dtype: torch.dtype, **adamw):

@@ -14,6 +14,7 @@ from conftest import REPO
 sys.path.insert(0, str(REPO / "tests/benchmarks"))
 import speedrun  # noqa: E402
 import speedrun_contestants  # noqa: E402
+import speedrun_figures as figures  # noqa: E402
 
 
 def loss_after(tokens):
@@ -27,16 +28,16 @@ BUDGETS = [100_000, 140_000, 200_000, 300_000, 400_000, 1_000_000]
 @pytest.mark.parametrize("wanted", [110_000, 200_000, 333_333, 999_000])
 def test_bisection_finds_the_tokens_of_the_target(wanted):
     trained = []
-    losses = speedrun.bisected(lambda n: trained.append(n) or loss_after(n), BUDGETS, loss_after(wanted))
+    losses = figures.bisected(lambda n: trained.append(n) or loss_after(n), BUDGETS, loss_after(wanted))
     assert len(trained) == len(set(trained)) <= 3          # of six
-    assert speedrun.tokens_to(losses, loss_after(wanted)) == pytest.approx(wanted)
+    assert figures.tokens_to(losses, loss_after(wanted)) == pytest.approx(wanted)
 
 
 def test_a_target_outside_the_budgets():
-    assert speedrun.bisected(loss_after, BUDGETS, loss_after(90_000)).keys() >= {100_000}
-    assert speedrun.tokens_to({100_000: 4.0, 200_000: 3.9}, 4.5) == 100_000          # at most so many
-    losses = speedrun.bisected(loss_after, BUDGETS, loss_after(2_000_000))
-    assert max(losses) == 1_000_000 and speedrun.tokens_to(losses, loss_after(2_000_000)) == math.inf
+    assert figures.bisected(loss_after, BUDGETS, loss_after(90_000)).keys() >= {100_000}
+    assert figures.tokens_to({100_000: 4.0, 200_000: 3.9}, 4.5) == 100_000          # at most so many
+    losses = figures.bisected(loss_after, BUDGETS, loss_after(2_000_000))
+    assert max(losses) == 1_000_000 and figures.tokens_to(losses, loss_after(2_000_000)) == math.inf
 
 
 def run_of(who, tokens, loss, seconds, seed=1, width=128):
@@ -57,17 +58,33 @@ def made_runs():
 
 
 def test_the_figures_of_known_runs():
-    found = speedrun.summarised(list(made_runs()), 1_000_000)
+    found = figures.summarised(list(made_runs()), 1_000_000)
     assert [row["share"] for row in found["ratios"]] == pytest.approx([1 / 4, 1 / 5] * 2)
     shares = {(row["who"], row["seed"]): row["share"] for row in found["times"] if row["width"] == 128}
     assert shares["card", 1] == pytest.approx(1 / 4) and shares["trainer", 2] == pytest.approx(1 / 10)
     assert found["away"] == {"Muon": [{"seed": 1, "tokens": 400_000, "bits_per_byte": pytest.approx(0.1),
                                        "seconds": pytest.approx(-10)}]}
-    text = speedrun.markdown({"machine": {"cpu": "a CPU", "cpu_count": 2}, "tokens": 1_000_000, "width": 128, **found,
+    text = figures.markdown({"machine": {"cpu": "a CPU", "cpu_count": 2}, "tokens": 1_000_000, "width": 128, **found,
                               "runs": list(made_runs())})
     assert "seed 1: 0.250, seed 2: 0.200" in text and "| Muon | 400,000 | +0.1000 (one seed) | -10 (one seed) |" in text
     assert "| 64 | 640,000 | 0.225 (0.200 to 0.250; n = 2) |" in text
-    assert speedrun.draw(found["ratios"]).axes[0].lines[0].get_ydata() == pytest.approx([25, 20] * 2)
+    assert figures.draw(found["ratios"]).axes[0].lines[0].get_ydata() == pytest.approx([25, 20] * 2)
+
+
+def test_the_power_of_known_rates():
+    """Losses with their least at 4e-3 x (128 / width) ** 0.5, asked around 5e-3 at every width: found, and predicted."""
+    runs = []
+    for width in (64, 128, 192, 256):
+        best = 4e-3 * (128 / width) ** 0.5
+        for who, rate in (("matrix_learning_rate x 0.5", 2.5e-3), ("ours", 5e-3), ("matrix_learning_rate x 2", 1e-2)):
+            loss = 4.0 + 0.1 * math.log2(rate / best) ** 2
+            runs.append(run_of(who, 100_000, loss, 1.0, width=width) | {"matrix_learning_rate": rate})
+    found = figures.best_rates(runs, "matrix_learning_rate", test_width=256)
+    assert [row["best"] for row in found["rows"]] == pytest.approx([4e-3 * (128 / w) ** 0.5 for w in (64, 128, 192, 256)])
+    assert found["power"] == pytest.approx(-0.5) and found["power_of_rule"] == pytest.approx(0, abs=1e-9)
+    assert found["predicted"] == pytest.approx(4e-3 * 0.5 ** 0.5)
+    assert found["rows"][1]["lost"] == pytest.approx(0.1 * math.log2(5 / 4) ** 2 / 3)
+    assert "-0.50 in the best rates" in figures.rate_table("matrix_learning_rate", found)
 
 
 def test_the_card_is_laid_out_as_it_was_trained():

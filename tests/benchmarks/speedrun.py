@@ -12,8 +12,9 @@ model included, at the same place between the same two runs; contestants alterna
 
 Parts: `target` (card, card at the twin's own rate, ours), `trainer` (the card's recipe in transformers.Trainer, by default
 and in bf16), `ablation` (each ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at
---ablation-share of the tokens, `widths` (the target at other widths, rates by the rule), `nanochat`. Every run is kept in
-outputs/speedrun/runs/, so a call goes on where the last one stopped. Writes outputs/speedrun.json,
+--ablation-share of the tokens, `widths` (the target at other widths, rates by the rule), `rates` (the rule: half and double
+of each rate at --widths, to which a power is fitted, and at --test-width, to which it is not), `nanochat`. Every run is
+kept in outputs/speedrun/runs/, so a call goes on where the last one stopped. Writes outputs/speedrun.json,
 outputs/benchmarks/speedrun.md (which `make results` shows) and outputs/speedrun/ratio.png.
 """
 import argparse
@@ -21,7 +22,6 @@ import dataclasses
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -31,18 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import stentor_utils as su  # noqa: E402
+from speedrun_figures import bisected, draw, markdown, summarised  # noqa: E402
 from stentor.notebooks import run_notebooks  # noqa: E402
-from stentor.statistics import bootstrap  # noqa: E402
 from stentor.tuning import tuned_rates  # noqa: E402
 
 CARD, OURS = "stentor2-12m", "stentor2-12m-tuned-qk"
 SHARES = (0.08, 0.1, 0.125, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.42, 0.5, 0.7, 1.0)    # of the card's tokens
-PARTS = ("target", "trainer", "ablation", "tried", "widths", "nanochat")
+PARTS = ("target", "trainer", "ablation", "tried", "widths", "rates", "nanochat")
 NEVER = 2**31                                         # steps: no evaluation but the first and the last
 FIGURES = ("parameters", "matrix_parameters", "tokens", "eval_loss", "bits_per_byte", "train_seconds")
-TITLES = {"card": "card's recipe, our loop", "card-own-rate": "the same at 4e-3, the rate that suits the twin",
-          "ours": "ours", "trainer": "card's recipe, transformers.Trainer (FP32, its default)",
-          "trainer-bf16": "card's recipe, transformers.Trainer in bf16", "nanochat": "nanochat's model and optimiser"}
 
 
 # The recipes.
@@ -112,60 +109,6 @@ def tried() -> dict[str, dict]:
         "AdamW at twice the rate": {"learning_rate": 2 * ours.learning_rate}}
 
 
-# What the figures come to.
-
-
-def tokens_to(losses: dict[int, float], target: float) -> float:
-    """Tokens at which the loss meets `target`: log(tokens) interpolated between the two runs around it.
-
-    losses: {tokens: loss at the end of a run of so many}. The smallest run where that meets it already ("at most so
-    many"); inf where none does.
-    """
-    met = [tokens for tokens in sorted(losses) if losses[tokens] <= target]
-    if not met:
-        return math.inf
-    below = [tokens for tokens in losses if tokens < met[0]]
-    if not below:
-        return met[0]
-    low, high = max(below), met[0]
-    part = (losses[low] - target) / (losses[low] - losses[high])
-    return math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
-
-
-def value_at(values: dict[int, float], tokens: float) -> float:
-    """A straight line between the two runs around `tokens`: of their seconds, say. inf beyond the last."""
-    if tokens > max(values):
-        return math.inf
-    high = min(n for n in values if n >= tokens)
-    low = max((n for n in values if n <= tokens), default=high)
-    part = (tokens - low) / (high - low) if high > low else 0.0
-    return values[low] + part * (values[high] - values[low])
-
-
-def bisected(loss_at, budgets: list[int], target: float) -> dict[int, float]:
-    """{tokens: loss} of the runs that find the neighbours of `target` among `budgets`, ascending; the loss must fall with
-    the tokens. loss_at(tokens) trains."""
-    losses, low, high = {}, -1, len(budgets)
-    while high - low > 1:
-        middle = (low + high) // 2
-        losses[budgets[middle]] = loss_at(budgets[middle])
-        low, high = (low, middle) if losses[budgets[middle]] <= target else (middle, high)
-    return losses
-
-
-def interval(values: list[float], form: str = "{:.3f}") -> str:
-    """"0.312 (0.300 to 0.330; n = 5)": mean and 95% bootstrap; of one value, that it is one."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return "not reached"
-    missed = f"; {len(values) - len(finite)} never" if len(finite) < len(values) else ""
-    mean = form.format(statistics.mean(finite))
-    if len(finite) == 1:
-        return f"{mean} (one seed{missed})"
-    low, high = (form.format(end) for end in bootstrap(finite, 4000))
-    return f"{mean} ({low} to {high}; n = {len(finite)}{missed})"
-
-
 # The runs.
 
 
@@ -199,6 +142,7 @@ class Speedrun:
         result = self.other(who, recipe, path, job) if job else self.our_loop(recipe, path)
         figures = {key: result[key] for key in FIGURES if key in result}
         found = {"who": who, "width": recipe.shape.hidden_size, "budget": recipe.token_budget, "seed": recipe.seed, **figures,
+                 "learning_rate": recipe.learning_rate, "matrix_learning_rate": recipe.matrix_learning_rate,
                  "seconds": time.monotonic() - began, "load_before": load, "recipe": told}
         su.write_atomically(path, json.dumps(found, indent=1))
         print(f"  loss {found['eval_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte, {found['seconds']:.0f} s",
@@ -241,6 +185,14 @@ class Speedrun:
             self.run(f"{kind} {name}", dataclasses.replace(ours, **fields))
             self.report()
 
+    def rates(self, seed: int, width: int) -> None:
+        """Ours at a width with the rule's rates, and with half and double of each."""
+        ours = our_recipe(self.given.rate_tokens, seed, width)
+        self.run("ours", ours)
+        for name in ("matrix_learning_rate", "learning_rate"):
+            for factor in (0.5, 2):
+                self.run(f"{name} x {factor:g}", dataclasses.replace(ours, **{name: factor * getattr(ours, name)}))
+
     def nanochat(self, seed: int) -> None:
         recipe = our_recipe(self.given.tokens, seed, self.given.width)
         self.run("ours", recipe)
@@ -264,6 +216,10 @@ class Speedrun:
             for seed in given.seeds[:given.width_seeds]:
                 self.target(seed, width, given.tokens, own_rate=False)
                 self.report()
+        for width in sorted({*given.widths, given.test_width}) if "rates" in given.parts else ():
+            for seed in given.seeds[:given.width_seeds]:
+                self.rates(seed, width)
+                self.report()
         for seed in given.seeds[:given.width_seeds] if "nanochat" in given.parts and given.nanochat else ():
             self.nanochat(seed)
             self.report()
@@ -271,119 +227,14 @@ class Speedrun:
     def report(self) -> None:
         runs = [json.loads(path.read_text()) for path in sorted((self.folder / "runs").glob("*.json"))]
         report = {"machine": {key: value for key, value in su.environment().items() if key != "packages"},
-                  "tokens": self.given.tokens, "width": self.given.width, **summarised(runs, self.given.tokens),
+                  "tokens": self.given.tokens, "width": self.given.width,
+                  **summarised(runs, self.given.tokens, self.given.test_width),
                   "runs": [{key: value for key, value in run.items() if key != "recipe"} for run in runs]}
         su.write_atomically(self.given.out / "speedrun.json", json.dumps(report, indent=1))
         (self.given.out / "benchmarks").mkdir(exist_ok=True)
         su.write_atomically(self.given.out / "benchmarks" / "speedrun.md", markdown(report))
         if len(report["ratios"]) > 1:
             draw(report["ratios"]).savefig(self.folder / "ratio.png", dpi=120)
-
-
-# The report: pure functions of the runs.
-
-
-def of(runs, who: str, **where) -> list[dict]:
-    return [run for run in runs if run["who"] == who and all(run[key] == value for key, value in where.items())]
-
-
-def ratio(runs, card: dict) -> dict:
-    """Ours against one run of the card's recipe, of the same seed and width: shares of its tokens and of its time."""
-    ours = of(runs, "ours", seed=card["seed"], width=card["width"])
-    tokens = tokens_to({run["tokens"]: run["eval_loss"] for run in ours}, card["eval_loss"])
-    seconds = value_at({run["tokens"]: run["seconds"] for run in ours}, tokens)
-    return {"seed": card["seed"], "width": card["width"], "parameters": card["parameters"], "target": card["eval_loss"],
-            "bits_per_byte": card["bits_per_byte"], "tokens": tokens, "share": tokens / card["tokens"], "seconds": seconds,
-            "at_most": tokens == min(run["tokens"] for run in ours)}
-
-
-def summarised(runs: list[dict], tokens: int) -> dict:
-    """{"ratios", "to_own_rate", "times", "away", "tried"}: see `ratio` and `changes`.
-
-    times: seconds of each contestant to the target, and ours' share of them, by seed.
-    """
-    def against(who):
-        cards = of(runs, who, budget=tokens)
-        return [ratio(runs, card) for card in cards if of(runs, "ours", seed=card["seed"], width=card["width"])]
-    ratios, times = against("card"), []
-    for row in ratios:
-        times.append({"who": "ours", **row, "share": 1.0})
-        for who in ("card", "trainer", "trainer-bf16"):
-            times += [{"who": who, "seed": row["seed"], "width": row["width"], "seconds": run["seconds"],
-                       "eval_loss": run["eval_loss"], "share": row["seconds"] / run["seconds"]}
-                      for run in of(runs, who, seed=row["seed"], width=row["width"], budget=tokens)]
-    return {"ratios": ratios, "to_own_rate": against("card-own-rate"), "times": times,
-            "away": changes(runs, "without "), "tried": changes(runs, "with ")}
-
-
-def changes(runs: list[dict], kind: str) -> dict[str, list[dict]]:
-    """{what was changed, named after the word `kind`: [{"seed", "tokens", "bits_per_byte", "seconds"}]}, the last two as
-    more than ours of the same seed and tokens."""
-    found = {}
-    for run in runs:
-        if run["who"].startswith(kind):
-            ours = of(runs, "ours", seed=run["seed"], width=run["width"], budget=run["budget"])[0]
-            found.setdefault(run["who"].removeprefix(kind), []).append(
-                {"seed": run["seed"], "tokens": run["tokens"], "bits_per_byte": run["bits_per_byte"] - ours["bits_per_byte"],
-                 "seconds": run["seconds"] - ours["seconds"]})
-    return found
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def means(rows: list[dict], key: str, form: str = "{:.3f}") -> str:
-    return interval([row[key] for row in rows], form)
-
-
-def markdown(report: dict) -> str:
-    """The tables of the README, every seed listed."""
-    machine = f"{report['machine']['cpu']}, {report['machine']['cpu_count']} cores"
-    parts = [f"The speedrun (`make speedrun`): to the evaluation loss of the card's recipe after {report['tokens']:,} tokens; "
-             f"means with 95% intervals over seeds; {machine}:"]
-    here = {key: [row for row in report[key] if row["width"] == report["width"]]
-            for key in ("ratios", "to_own_rate", "times")}
-    if here["ratios"]:
-        parts += target_tables(**here)
-    widths = sorted({row["width"] for row in report["ratios"]})
-    if len(widths) > 1:
-        of_width = {width: [row for row in report["ratios"] if row["width"] == width] for width in widths}
-        parts.append(table(["hidden_size", "parameters", "share of the card's tokens"], [
-            [width, f"{rows[0]['parameters']:,}", means(rows, "share")] for width, rows in of_width.items()]))
-    for key, title in (("away", "taken away alone"), ("tried", "added alone")):
-        if report[key]:
-            parts.append(table([title, "tokens", "bits per byte more", "seconds more"], [
-                [name, f"{rows[0]['tokens']:,}", means(rows, "bits_per_byte", "{:+.4f}"), means(rows, "seconds", "{:+.0f}")]
-                for name, rows in report[key].items()]))
-    if nanochat := of(report["runs"], "nanochat", width=report["width"]):
-        ours = [of(report["runs"], "ours", seed=run["seed"], width=run["width"], budget=run["budget"])[0] for run in nanochat]
-        parts.append(table(["", "parameters", "tokens", "bits per byte", "seconds"], [
-            [TITLES[who], f"{rows[0]['parameters']:,}", f"{rows[0]['tokens']:,}", means(rows, "bits_per_byte"),
-             means(rows, "seconds", "{:.0f}")] for who, rows in (("nanochat", nanochat), ("ours", ours))]))
-    return "\n\n".join(parts) + "\n"
-
-
-def target_tables(ratios: list[dict], to_own_rate: list[dict], times: list[dict]) -> list[str]:
-    """Tokens to each target with every seed, and the times to the card's."""
-    rows = [[name, means(found, "bits_per_byte"), means(found, "share")] for name, found in (
-        ("card's recipe", ratios), ("the same at 4e-3, with a schedule of its length", to_own_rate)) if found]
-    each = ", ".join(f"seed {row['seed']}: {'at most ' if row['at_most'] else ''}{row['share']:.3f}" for row in ratios)
-    names = list(dict.fromkeys(row["who"] for row in times))
-    by_name = {who: [row for row in times if row["who"] == who] for who in names}
-    return [table(["target", "its bits per byte", "share of its tokens that ours needs"], rows), f"Each: {each}.",
-            table(["", "seconds to the target", "ours' share of them"], [
-                [TITLES[who], means(found, "seconds", "{:.0f}"), means(found, "share")] for who, found in by_name.items()])]
-
-
-def draw(ratios: list[dict]):
-    """The share of the card's tokens against the size of the model, a dot a seed."""
-    figure, axes = su.charts.panels(6, 3.4)
-    axes.plot([row["parameters"] for row in ratios], [100 * row["share"] for row in ratios], "o", color=su.charts.BLUE)
-    axes.set(xscale="log", ylim=(0, None), xlabel="parameters",
-             ylabel="% of the tokens", title="Tokens to the card recipe's final loss, of the card's")
-    su.charts.short_ticks(axes.xaxis)
-    return figure
 
 
 def read_command_line(argv=None) -> argparse.Namespace:
@@ -395,6 +246,8 @@ def read_command_line(argv=None) -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of --tokens, ascending: budgets of ours")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192])
     parser.add_argument("--width-seeds", type=int, default=2)
+    parser.add_argument("--test-width", type=int, default=256, help="of `rates`: the one that the power is not fitted to")
+    parser.add_argument("--rate-tokens", type=int, default=1_000_000)
     parser.add_argument("--ablation-seeds", type=int, default=2)
     parser.add_argument("--ablation-share", type=float, default=0.35, help="of --tokens")
     parser.add_argument("--nanochat", type=Path, help="a checkout of github.com/karpathy/nanochat")
