@@ -274,12 +274,12 @@ def test_dynamic_int8_keeps_the_head_tied_and_the_cards_way_costs_a_second_table
 
 
 def test_the_claims_calculated_sizes_are_those_of_files(models, tmp_path):
-    from stentor.export.claims import weight_bytes
+    from stentor.export.claims import format_bytes
     shape = su.shape_of(su.load_model(models.wide))
     for form in ("fp32", "fp16", "int8-dynamic", "int8-dynamic-head", "int8-bnb", "nf4-bnb"):
         if not export.skipped(form):
             written = export.write_format(form, models.wide, tmp_path)
-            assert written.bytes == pytest.approx(weight_bytes(shape, form), rel=0.02), form
+            assert written.bytes == pytest.approx(format_bytes(shape, form), rel=0.02), form
     table = export.claims_table()
     row = table[table["published"] == "dynamic INT8, -75%"].iloc[0]
     assert row["MB, calculated"] == pytest.approx(20.7, abs=0.1)      # measured of the card's model, spec-to-build
@@ -298,7 +298,7 @@ def test_a_process_a_format_measures_it_and_the_comparison_is_right(models, tiny
     reference = Transformers(su.load_model(models.llama))
     assert found["fp32"]["greedy"] == [reference.greedy(ids, 5) for ids in asked.prompts]
     assert found["fp32"]["nats"] == pytest.approx([float(reference.losses(ids).sum()) for ids in asked.windows], rel=1e-5)
-    row = export.compare(found["fp32"], found["fp16"], asked, tmp_path / "measured", exact=False)
+    row = export.compare(found["fp32"], found["fp16"], asked, tmp_path / "measured")
     assert row["loss_low"] <= row["loss_difference"] <= row["loss_high"] and 0 < row["largest_difference"] < 0.5
     assert row["bits_per_byte"] == pytest.approx(sum(found["fp16"]["nats"]) / math.log(2) / asked.bytes)
     assert row["memory_bytes"] > 1e8 and row["tokens_per_cpu_second"] > 0

@@ -33,7 +33,7 @@ CLAIMS = (
 )
 
 
-def weight_bytes(shape: Shape, form: str) -> float:
+def format_bytes(shape: Shape, form: str) -> float:
     """Bytes of the weights of a model of this shape, without a file's header.
 
     The linear layers are what is quantised; embedding and norms are fp32 in torch's dynamic int8, fp16
@@ -59,7 +59,7 @@ def claims_table():
     import pandas as pd
     rows = []
     for claim in CLAIMS:
-        size = weight_bytes(ALL_RECIPES[claim.card].shape, claim.form) / 1e6
+        size = format_bytes(ALL_RECIPES[claim.card].shape, claim.form) / 1e6
         rows.append({"card": claim.card, "published": claim.what, "MB, published": claim.stated,
                      "as": claim.form, "MB, calculated": round(size, 1),
                      "off": f"{claim.stated / size - 1:+.0%}"})

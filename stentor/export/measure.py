@@ -112,17 +112,17 @@ def measure_format(form: str, path, asked: HeldOut, folder, *, context: int, new
     return json.loads(out.read_text())
 
 
-def compare(reference: dict, other: dict, asked: HeldOut, folder, *, exact: bool) -> dict:
-    """One format against the reference: the row of the table, and what its claim comes to.
+def compare(reference: dict, other: dict, asked: HeldOut, folder) -> dict:
+    """One format against the reference, of `measure_format` in that `folder`: a row of the table.
 
-    exact: whether the format claims the same tokens. Losses in nats a token.
+    Losses in nats a token; largest_difference: of the log probabilities of any token.
     """
     equal = [mine == theirs for mine, theirs in zip(other["greedy"], reference["greedy"])]
     per_window = len(asked.windows[0]) - 1
     difference = (np.array(other["nats"]) - np.array(reference["nats"])) / per_window
     low, high = bootstrap(difference, RESAMPLES)
     mine, theirs = (np.fromfile(Path(folder) / f"{row['form']}.f32", "<f4") for row in (other, reference))
-    return {"form": other["form"], "exact": exact, "greedy_equal": sum(equal), "greedy_of": len(equal),
+    return {"greedy_equal": sum(equal), "greedy_of": len(equal),
             "bits_per_byte": sum(other["nats"]) / math.log(2) / asked.bytes,
             "loss_difference": float(difference.mean()), "loss_low": low, "loss_high": high,
             "largest_difference": float(np.abs(mine - theirs).max()), "threads": other["threads"],
