@@ -11,7 +11,7 @@
 """
 from stentor.export.claims import CLAIMS, claims_table                                          # noqa: F401
 from stentor.export.formats import (                                                            # noqa: F401
-    FIVE_LINES, FORMATS, local_folder, skipped, write_format)
+    FIVE_LINES, FORMATS, local_folder, model_problem, skipped, write_format)
 from stentor.export.gguf_file import write_gguf                                                 # noqa: F401
 from stentor.export.gguf_tokenizer import (                                                        # noqa: F401
     gguf_tokenizer, longest_match_share, why_not_gpt2)

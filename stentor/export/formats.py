@@ -13,6 +13,7 @@ from stentor.export.packages import missing
 from stentor.export.quantised import (
     FLOATS, QUANTISED, bytes_held, load_dynamic_int8, why_not, write_floats, write_quantised)
 from stentor.files import ParameterError
+from stentor.hub import is_hub_name
 
 _TORCH = "AutoModelForCausalLM.from_pretrained(folder)"
 _LLAMA = "llama.cpp, LM Studio, Ollama"
@@ -113,6 +114,12 @@ def _tokenizer_beside(source, folder: Path) -> None:
     from stentor.tokenizer import load_tokenizer, save_tokenizer
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     save_tokenizer(load_tokenizer(source), folder / "tokenizer")
+
+
+def model_problem(model: str) -> str | None:
+    """What is wrong with a folder or hub name as a model to export, or None."""
+    if not is_hub_name(model) and not (Path(model) / "config.json").is_file():
+        return "is neither a model folder (it has no config.json) nor a hub name (hf:owner/name)"
 
 
 def local_folder(model: str, folder) -> Path:
