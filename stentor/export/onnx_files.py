@@ -8,7 +8,9 @@ the model as it runs.
 """
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -86,8 +88,7 @@ def export_step(model, file) -> None:
     shape = (2, config.num_key_value_heads, 5, config.head_dim)        # 0 and 1 would become constants
     past = tuple(torch.zeros(shape) for _ in range(2 * layers))
     free = torch.export.Dim.DYNAMIC
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         program = torch.onnx.export(
             Step(model), (torch.zeros(2, 3, dtype=torch.int64), *past), dynamo=True,
             opset_version=OPSET, verbose=False,
@@ -101,11 +102,21 @@ def export_step(model, file) -> None:
 
 def write_int8(file, to) -> None:
     """The same graph with its matrices in int8."""
-    import logging
-
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    logging.getLogger().addFilter(lambda record: "pre-process" not in record.getMessage())
-    quantize_dynamic(str(file), str(to), weight_type=QuantType.QInt8, per_channel=True)
+    with _quiet():
+        quantize_dynamic(str(file), str(to), weight_type=QuantType.QInt8, per_channel=True)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the exporters' warnings: that torchvision is not here, that a graph could be optimised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def page_data(model, tokenizer) -> dict:
