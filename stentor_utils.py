@@ -24,7 +24,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     train process       Run.train, the one loop; our own processes, `launch` the one that trains
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     inference speed     what the cards recommend for sampling; what generation costs
-    decoding            a small model writes ahead of a large one
+    decoding serving    a small model writes ahead of a large one; an OpenAI-compatible server
     export/             GGUF, ONNX, quantised folders: written, and held against the model
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
@@ -77,6 +77,8 @@ from stentor.preparing import prepare_tokens                                    
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
+from stentor.serving import (                                                                       # noqa: F401
+    ask_server, serve_command, serving, serving_commands, serving_problems)
 from stentor.session import (                                                                       # noqa: F401
     find_outputs, find_profile, hours_left, run_problem, session_end, writable_run)
 from stentor.shapes import (                                                                        # noqa: F401
