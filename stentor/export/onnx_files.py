@@ -9,6 +9,7 @@ the model as it runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -148,5 +149,13 @@ def token_bytes(tokenizer, i: int) -> bytes:
         return b""
     if why_not_gpt2(tokenizer):
         return tokenizer.decode([i]).encode()
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-    return bytes({char: byte for byte, char in bytes_to_unicode().items()}[char] for char in token)
+    return bytes(byte_alphabet()[char] for char in token)
+
+
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+    """{character: byte} of GPT-2's way to print bytes: those that print stand for themselves, the others
+    for the characters from U+0100 on, in order."""
+    plain = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -61,6 +61,11 @@ def write_quantised(source, folder, form: str) -> None:
     dtype = torch.bfloat16 if QUANTISED[form][0] == "torchao" else torch.float16
     device = "cuda" if form == "int4-torchao" else None
     model = load_model(source, dtype=dtype, quantization_config=_config(form), device_map=device)
+    if form in ("nf4-bnb", "fp4-bnb") and not torch.cuda.is_available():
+        widths = {model.config.hidden_size, model.config.intermediate_size}
+        if odd := [width for width in sorted(widths) if width % 64]:
+            raise ParameterError([f"{form}: bitsandbytes' 4 bits run on the CPU only where widths are "
+                                  f"multiples of 64, and a layer here is {odd[0]} wide."])
     assert tied_as_configured(model), f"{form} untied the head"
     save_model_folder(model, load_tokenizer(source), folder)
 
