@@ -305,7 +305,7 @@ def test_a_process_a_format_measures_it_and_the_comparison_is_right(models, tiny
     row = export.compare(found["fp32"], found["fp16"], asked, tmp_path / "measured")
     assert row["loss_low"] <= row["loss_difference"] <= row["loss_high"] and 0 < row["largest_difference"] < 0.5
     assert row["bits_per_byte"] == pytest.approx(sum(found["fp16"]["nats"]) / math.log(2) / asked.bytes)
-    assert row["memory_bytes"] > 1e8 and row["tokens_per_cpu_second"] > 0
+    assert 1e5 < row["memory_bytes"] < 1e9 and row["tokens_per_cpu_second"] > 0
     with pytest.raises(export.MeasuringFailed, match="onnx could not be measured"):
         export.measure_format("onnx", tmp_path / "nothing.onnx", asked, tmp_path / "measured", context=128, new_tokens=5)
     with pytest.raises(su.ParameterError, match="the model has 16"):
