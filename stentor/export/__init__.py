@@ -13,8 +13,7 @@ from stentor.export.claims import CLAIMS, claims_table                          
 from stentor.export.formats import (                                                            # noqa: F401
     FIVE_LINES, FORMATS, local_folder, model_problem, skipped, write_format)
 from stentor.export.gguf_file import write_gguf                                                 # noqa: F401
-from stentor.export.gguf_tokenizer import (                                                        # noqa: F401
-    gguf_tokenizer, longest_match_share, why_not_gpt2)
+from stentor.export.gguf_tokenizer import longest_match_share, why_not_gpt2                     # noqa: F401
 from stentor.export.llama_cpp import LlamaCpp                                                   # noqa: F401
 from stentor.export.measure import (                                                            # noqa: F401
     HeldOut, MeasuringFailed, compare, held_out, measure_format)
