@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run run-seeds test kaggle test-kaggle tpu-test tpu-aot bench speedrun soak gallery results lint clean
+.PHONY: run run-seeds test kaggle test-kaggle tpu-test tpu-aot litert bench speedrun soak gallery results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -84,6 +84,16 @@ tpu-aot: .venv-tpu/.installed .venv-aot/.installed
 	.venv-tpu/bin/python tests/benchmarks/aot_tpu.py export
 	.venv-aot/bin/python tests/benchmarks/aot_tpu.py compile
 
+# A phone's file of a run's final/, checked token for token before it is kept. An environment of its own: about 6.6 GB.
+.venv-litert/.installed: tests/requirements/litert.txt
+	$(PYTHON) -m venv .venv-litert
+	.venv-litert/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements/litert.txt
+	touch $@
+
+LITERT_RUN ?= outputs/demo
+litert: .venv-litert/.installed
+	.venv-litert/bin/python -m stentor.export.litert $(call quoted,$(value LITERT_RUN))/final $(call quoted,$(value LITERT_RUN))/export/model.tflite
+
 bench: $(VENV)/.installed
 	for file in tests/benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
 	STENTOR_SLOW=1 $(PY) -m pytest -s tests -k "2000_steps or compile"
@@ -110,4 +120,4 @@ lint: $(VENV)/.installed
 	$(PY) tests/lint.py
 
 clean:
-	rm -rf $(VENV) .venv-kaggle* dist .venv-tpu .venv-aot .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .venv-kaggle* dist .venv-tpu .venv-aot .venv-litert .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -25,6 +25,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
     inference speed     what the cards recommend for sampling; what generation costs
     decoding serving    a small model writes ahead of a large one; an OpenAI-compatible server
+    export/             GGUF, ONNX, quantised folders: written, and held against the model
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line; `gallery`
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
@@ -83,7 +84,7 @@ from stentor.tokens import TokenStore, plan_sources, source_names               
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 from stentor.watching import watching                                                               # noqa: F401
 
-LATE = ("benchmark", "charts", "curriculum", "master_test", "payoff")
+LATE = ("benchmark", "charts", "curriculum", "export", "master_test", "payoff")
 
 
 def __getattr__(name: str):

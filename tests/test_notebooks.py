@@ -263,7 +263,32 @@ def test_07_says_whether_growing_pays_and_logs_the_master_test(growth):
         assert (folder / "charts" / f"{name}.png").stat().st_size > 5_000
 
 
+def test_08_writes_formats_that_say_the_same_and_their_card(chain):
+    folder, _ = chain
+    wanted = ["fp16", "int8-dynamic", "gguf-f32", "gguf-q8_0"]
+    done = run(f"OUTPUTS={folder.parent}", "RUN=chain", f"FORMATS={wanted}", "CONTINUATIONS=10", "NEW_TOKENS=12", "WINDOWS=12",
+               notebooks=["08_export"], **CANARIES)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
+    export = json.loads((folder / "export" / "export.json").read_text())
+    rows = {row["format"]: row for row in export["formats"]}
+    assert set(rows) | set(export["skipped"]) == {"fp32", *wanted}
+    for name in {"fp32", "gguf-f32"} & set(rows):
+        assert rows[name]["greedy_equal"] == rows[name]["greedy_of"] == 10 and abs(rows[name]["loss_difference"]) < 1e-4
+    assert 15.9 < rows["fp16"]["bits_per_weight"] < 16.3 and rows["fp32"]["bits_per_byte"] > 1
+    for row in rows.values():
+        assert row["loss_low"] <= row["loss_difference"] <= row["loss_high"] and row["tokens_per_cpu_second"] > 0
+    card = (folder / "export" / "README.md").read_text()
+    assert f"{rows['fp16']['bytes']:,}" in card and su.check_model_card(folder, of="export") == []
+    if "gguf-q8_0" in rows:                           # the program beside the file, as its reader starts it
+        ran = subprocess.run([sys.executable, "generate.py"], cwd=folder / "export" / "gguf", capture_output=True, text=True)
+        assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr[-2000:]
+        assert "must be fed ids" in (folder / "notebooks" / "08_export.ipynb").read_text()
+
+
 @pytest.mark.parametrize("notebook, given, expected", [
+    ("08_export", ["MODEL={folder}", "FORMATS=['gguf-q5']", "WINDOWS=1"],
+     ["is neither a model folder", "'gguf-q5' is none of", "WINDOWS = 1 must be"]),
     ("07_growth", ["MODEL={folder}", "OVERRIDES={'sources': []}", "SEEDS=[]"],
      ["is not a model", "OVERRIDES: 'sources'", "SEEDS = []"]),
     ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
