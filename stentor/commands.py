@@ -1,7 +1,7 @@
 """What `make run` and its like start.
 
     python -m stentor_utils run 01_tokenizer 02_pretrain_t4 -p PROFILE=cpu RUN=demo
-    python -m stentor_utils seeds | train | fill | benchmark | summary | recipes | results
+    python -m stentor_utils seeds | growth | train | fill | benchmark | summary | recipes | results
 
 Exit codes: 2 for what was refused, in a sentence; 1 for what failed; 130 and 143 for a stop.
 """
@@ -108,6 +108,12 @@ TOLD = ("ParameterError", "TrainingFailed", "TrainingDiverged", "EvaluationFaile
         "CheckpointError", "SourceError", "SystemExit")
 
 
+def growth_command(arguments) -> None:
+    """`growth`: does growing pay? The trial of `stentor.payoff`, of any recipe's optimiser, and its verdict."""
+    from stentor.payoff import command
+    print(command(arguments.folder, read_pairs(arguments.parameters)))
+
+
 def results_command(arguments) -> None:
     write_results(arguments.run_dir, arguments.readme)
     print_spread(arguments.run_dir)
@@ -129,6 +135,9 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
             ("seeds", "train a run's recipe again with other seeds", "seeds")):
         command(name, notebooks_command, help, argument).add_argument(
             "-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
+    command("growth", growth_command, "compare grown models with one from scratch, over compute",
+            "folder").add_argument("-p", dest="parameters", nargs="*", default=[],
+                                   metavar="NAME=VALUE")
     command("train", train_command, "train the run described by a run.json", "run_json")
     fill = command("fill", train_command, "fill one source of a run that is being trained",
                    "run_json", "source")

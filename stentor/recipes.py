@@ -102,6 +102,8 @@ class Recipe:
     stable_ratio: float = checked(SHARE, 0.80)        # of warmup_stable_decay; the cards print it
     # batch and budget
     block_size: int = checked(COUNT, 1024)
+    # each sequence is block_size - 1 tokens and an EOS (Stentor-Big's), not end to end (the others')
+    chunk_eos: bool = checked(flag, False)
     per_device_train_batch_size: int = checked(COUNT, 32, free=RESUME)
     per_device_eval_batch_size: int = checked(COUNT, 16, free=RESUME | DRAW)
     gradient_accumulation_steps: int = checked(COUNT, 2, free=RESUME)
@@ -151,6 +153,11 @@ class Recipe:
     @property
     def tokens_per_step(self) -> int:
         return self.total_batch_size * self.block_size
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the store in a sequence."""
+        return self.block_size - self.chunk_eos
 
     @property
     def schedule_steps(self) -> int:
@@ -345,6 +352,12 @@ def _context(recipe: Recipe):
     if recipe.block_size > longest:
         yield (f"block_size = {recipe.block_size} is longer than max_position_embeddings = "
                f"{longest}.")
+
+
+@about(_BETWEEN, "block_size", "chunk_eos")
+def _room_for_text(recipe: Recipe):
+    if recipe.stride < 1:
+        yield "block_size = 1 has no room for text beside the EOS of chunk_eos = True."
 
 
 @about(_BETWEEN, "fp32_critical_first", "shape.num_hidden_layers")

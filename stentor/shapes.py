@@ -90,6 +90,18 @@ def count_parameters(shape: Shape) -> int:
     return sum(parameter_budget(shape).values())
 
 
+def training_flops(shape: Shape, length: int) -> int:
+    """Floating-point operations of training on one token, in sequences of `length`.
+
+    6 for each parameter that multiplies it (the table of an embedding only hands out rows; the head
+    multiplies, tied or not) and 12 x layers x hidden_size x length for the attention, forward and
+    backward (PaLM, Chowdhery et al. 2022, appendix B).
+    """
+    budget = parameter_budget(shape)
+    multiplied = budget["attention"] + budget["ffn"] + shape.vocab_size * shape.hidden_size
+    return 6 * multiplied + 12 * shape.num_hidden_layers * shape.hidden_size * length
+
+
 def kv_cache_bytes(shape: Shape, length: int, bytes_per_element: float = 2) -> float:
     """Bytes of the key-value cache of one sequence of `length` tokens.
 
@@ -98,3 +110,20 @@ def kv_cache_bytes(shape: Shape, length: int, bytes_per_element: float = 2) -> f
     """
     per_token = 2 * shape.num_key_value_heads * shape.head_dim * shape.num_hidden_layers
     return per_token * length * bytes_per_element
+
+
+# Bytes of a weight of a Linear layer, and of all others, by how the model is loaded. bitsandbytes
+# replaces the Linear layers of the decoder only; embedding, norms and lm_head stay fp16 (with tied
+# ends lm_head is the embedding). nf4 keeps an fp32 scale for each 64 weights.
+WEIGHT_BYTES = {"fp32": (4, 4), "fp16 or bf16": (2, 2), "8-bit": (1, 2), "4-bit": (0.5 + 4 / 64, 2)}
+
+
+def weight_bytes(shape: Shape, precision: str) -> float:
+    """Bytes of the weights of a model of this shape, loaded as `precision`, a key of WEIGHT_BYTES.
+
+    stentor-12m in 8-bit is 18.3 MB, of which the embedding alone is 12.6: its card prints 12.
+    """
+    linear, other = WEIGHT_BYTES[precision]
+    parts = parameter_budget(shape)
+    layers = parts["attention"] + parts["ffn"]
+    return layers * linear + (sum(parts.values()) - layers) * other

@@ -214,7 +214,58 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
     assert summary["tokens"] == recipe.total_tokens and (folder / "final" / "model.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def growth(tmp_path_factory):
+    """07 in an empty folder: no base, so a small one is trained first. (run folder/growth, what the terminal showed)."""
+    outputs = tmp_path_factory.mktemp("growth")
+    done = run(f"OUTPUTS={outputs}", "RUN=grown", "TOKEN_BUDGET=10000", "TRIAL_TOKENS=6000", "SEEDS=[42]", "FRAGMENTS=1",
+               "OVERRIDES={'max_eval_samples': 1}", notebooks=["07_growth"], **CANARIES)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
+    return outputs / "grown" / "growth", done.stdout
+
+
+def test_07_keeps_the_function_and_trains_three_stages_from_it(growth):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, shown = growth
+    base = AutoModelForCausalLM.from_pretrained(folder / "trial" / "base-42" / "final")
+    grown = AutoModelForCausalLM.from_pretrained(folder / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    ids = tokenizer("The function returns a list of names.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        before, after = base(ids).logits, grown(ids).logits
+    assert (before - after).abs().max() <= 1e-5 * before.abs().max()
+    assert grown.config.hidden_size == 2 * base.config.hidden_size
+    assert grown.config.num_hidden_layers > base.config.num_hidden_layers
+    final = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert final.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+    assert not torch.equal(final.lm_head.weight, grown.lm_head.weight)
+    curriculum = json.loads((folder / "curriculum.json").read_text())
+    assert [stage["sources"][0]["path"] for stage in curriculum["stages"]] == ["local:prose", "local:code", "local:math"]
+    assert all(stage["chunk_eos"] for stage in curriculum["stages"]) and len(curriculum["bits_per_byte"]) == 4
+    tokens = [summary["tokens"] for summary in curriculum["summaries"]]
+    assert all(tokens) and all(summary["stopped"] is None for summary in curriculum["summaries"])
+    assert "1,536 fewer" in shown and "26.1% of them copied" in shown
+
+
+def test_07_says_whether_growing_pays_and_logs_the_master_test(growth):
+    folder, shown = growth
+    payoff = json.loads((folder / "payoff.json").read_text())
+    assert set(payoff["runs"]) == {"base", "grown 60%", "grown 100%", "copied", "scratch"} and payoff["machine"]["cpu_count"]
+    assert payoff["verdict"]["sentence"] in shown
+    log = json.loads((folder / "master_test.json").read_text())["log"]
+    assert len(log) == 2 * 10 and {row["model"] for row in log} == {"base", "grown and trained"}
+    assert all({"prompt", "text", "temperature", "max_new_tokens", "degenerate"} <= set(row) for row in log)
+    executed = (folder.parent / "notebooks" / "07_growth.ipynb").read_text()
+    assert "plausible but imprecise" in executed and "growing pay" in executed        # the card's words; the last table
+    for name in ("matrices", "forgetting", "payoff"):
+        assert (folder / "charts" / f"{name}.png").stat().st_size > 5_000
+
+
 @pytest.mark.parametrize("notebook, given, expected", [
+    ("07_growth", ["MODEL={folder}", "OVERRIDES={'sources': []}", "SEEDS=[]"],
+     ["is not a model", "OVERRIDES: 'sources'", "SEEDS = []"]),
     ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
      ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
     ("05_benchmark", ["LOCAL_TASKS=['{folder}/tasks.jsonl', None]", "PEERS={'untrained': ''}", "MODEL=/no/such/model"],
