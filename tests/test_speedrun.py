@@ -67,6 +67,8 @@ def test_the_figures_of_known_runs():
     text = figures.markdown({"machine": {"cpu": "a CPU", "cpu_count": 2}, "tokens": 1_000_000, "width": 128, **found,
                               "runs": list(made_runs())})
     assert "seed 1: 0.250, seed 2: 0.200" in text and "| Muon | 400,000 | +0.1000 (one seed) | -10 (one seed) |" in text
+    each = [loss_after(1_000_000) / 3] * 2
+    assert f"0.0000 | 1: {each[0]:.4f}, 2: {each[1]:.4f} |" in text
     assert "| 64 | 640,000 | 0.225 (0.200 to 0.250; n = 2) |" in text
     assert figures.draw(found["ratios"]).axes[0].lines[0].get_ydata() == pytest.approx([25, 20] * 2)
 

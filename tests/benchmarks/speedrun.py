@@ -10,7 +10,8 @@ the card's tokens, each laid out for its own budget; which shares is found by bi
 neighbours of the target log(tokens) is interpolated. Time is that of a whole process, imports, compilation and the saved
 model included, at the same place between the same two runs; contestants alternate, and each seed turns their order round.
 
-Parts: `target` (card, card at the twin's own rate, ours), `trainer` (the card's recipe in transformers.Trainer, by default
+Parts: `target` (card, card at the twin's own rate, ours), `seeds` (ours at all of the tokens, also in FP32, as on a CPU
+without bf16 units), `trainer` (the card's recipe in transformers.Trainer, by default
 and in bf16), `ablation` (each ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at
 --ablation-share of the tokens, `widths` (the target at other widths, rates by the rule), `rates` (the rule: half and double
 of each rate at --widths, to which a power is fitted, and at --test-width, to which it is not), `nanochat`. Every run is
@@ -37,7 +38,7 @@ from stentor.tuning import tuned_rates  # noqa: E402
 
 CARD, OURS = "stentor2-12m", "stentor2-12m-tuned-qk"
 SHARES = (0.08, 0.1, 0.125, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.42, 0.5, 0.7, 1.0)    # of the card's tokens
-PARTS = ("target", "trainer", "ablation", "tried", "widths", "rates", "nanochat")
+PARTS = ("target", "seeds", "trainer", "ablation", "tried", "widths", "rates", "nanochat")
 NEVER = 2**31                                         # steps: no evaluation but the first and the last
 FIGURES = ("parameters", "matrix_parameters", "tokens", "eval_loss", "bits_per_byte", "train_seconds")
 
@@ -172,6 +173,12 @@ class Speedrun:
         budgets = [int(tokens * share) for share in self.given.shares]
         bisected(lambda n: self.run("ours", our_recipe(n, seed, width))["eval_loss"], budgets, card["eval_loss"])
 
+    def seeds(self, seed: int) -> None:
+        """What `make run` trains, and the same where no bf16 is: Muon's products are then in FP32 too."""
+        recipe = our_recipe(self.given.tokens, seed, self.given.width)
+        self.run("ours", recipe)
+        self.run("ours in FP32", dataclasses.replace(recipe, mixed_precision="no"))
+
     def trainer(self, seed: int) -> None:
         recipe = card_recipe(self.given.tokens, seed, self.given.width)
         for who, mixed in (("trainer", False), ("trainer-bf16", True)):
@@ -204,6 +211,7 @@ class Speedrun:
         given = self.given
         for i, seed in enumerate(given.seeds):
             steps = [(self.target, seed, given.width, given.tokens)] if "target" in given.parts else []
+            steps += [(self.seeds, seed)] if "seeds" in given.parts else []
             steps += [(self.trainer, seed)] if "trainer" in given.parts else []
             for do, *arguments in steps[::-1 if i % 2 else 1]:
                 do(*arguments)
