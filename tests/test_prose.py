@@ -28,7 +28,7 @@ DROPPED = {
     "Google's parameters": f"Args:\n    item (int): {SENTENCE}",
     "numpy's parameters": f"item : int\n    {SENTENCE}",
     "a typed parameter alone": f"item (`int`, *optional*): {SENTENCE}",
-    "a directive": f".. note:: {SENTENCE}",
+    "a directive": f"{SENTENCE}\n.. note:: {SENTENCE}",
     "a doctest": f"{SENTENCE}\n>>> next(iterator)",
     "a table": f"| {SENTENCE} | {SENTENCE} |",
     "code": f"value = iterator.next()\n# {SENTENCE}",
