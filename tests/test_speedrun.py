@@ -91,7 +91,7 @@ def test_the_power_of_known_rates():
 
 def test_the_card_is_laid_out_as_it_was_trained():
     """The card's own rate, at 73% of its peak at the end as the Stentor2-12M card; what is ours is not in it."""
-    card, own = (speedrun.card_recipe(4_000_000, 1, 128, own) for own in (False, True))
+    card, own = (speedrun.card_recipe(4_000_000, 1, 128, own_rate=own) for own in (False, True))
     assert card.learning_rate == 8e-4 and card.optimizer is None and card.lr_scheduler_type == "cosine"
     published = su.RECIPES["stentor2-12m"]
     left = [recipe.learning_rate_at(recipe.total_steps - 1) / recipe.learning_rate for recipe in (card, published)]
@@ -99,7 +99,9 @@ def test_the_card_is_laid_out_as_it_was_trained():
     assert own.learning_rate == 4e-3 and own.schedule_steps == own.total_steps
     ours = speedrun.our_recipe(4_000_000, 1, 128)
     assert su.count_parameters(ours.shape) - su.count_parameters(card.shape) <= 2 * 4 * 64       # q_norm and k_norm
-    for name, fields in speedrun.without_one().items():
+    large = [make(4_000_000, 1, 256, 12) for make in (speedrun.card_recipe, speedrun.our_recipe)]
+    assert all(11e6 < su.count_parameters(recipe.shape) < 13e6 for recipe in large)
+    for name, fields in (speedrun.without_one() | speedrun.tried()).items():
         assert not dataclasses.replace(ours, **fields).problems(), name
 
 
