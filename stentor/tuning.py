@@ -10,6 +10,8 @@ from __future__ import annotations
 from stentor.shapes import Shape
 
 WIDTH = 128                                           # where the rates below were swept
+# Bits per byte after 1M tokens, one seed: AdamW's at 4e-3 1.6128, 1e-2 1.5772, 2e-2 1.5617 (norms at
+# 4e-3); all of it at 3e-2 was behind. Muon's: 8e-3 and 2e-2 were behind 5e-3 in the probes.
 ADAMW_RATE, MUON_RATE = 2e-2, 5e-3
 
 

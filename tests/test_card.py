@@ -90,6 +90,21 @@ def test_a_fresh_card_passes_and_its_numbers_are_those_of_the_files(run_dir):
     assert compared > 60, "most figures are single values of files"
 
 
+def test_a_tuned_run_is_held_against_the_published_recipe(tiny, tmp_path):
+    """Its architecture, its parameters with QK-norm's, and its optimiser beside the card's."""
+    recipe = dataclasses.replace(tiny.tuned, name="stentor2-12m-tuned-qk-cpu", token_budget=2 * 8 * 64)
+    folder = tmp_path / "run"
+    su.train(recipe, su.TokenStore(tiny.store_dir, recipe), folder, tokenizer=tiny.tokenizer, say=lambda text: None)
+    (folder / "run.json").write_text(json.dumps({"recipe": recipe.to_dict(), "store": "tokens", "tokenizer": "tokenizer"}))
+    card = su.write_model_card(folder).read_text()
+    assert stentor.card.check.check_model_card(folder) == []
+    for text in ("`Qwen3ForCausalLM`, input and output",
+                 "| norms | 3 × 2 × 32 + 32 + 3 × 2 × 16 | 320 |", f"| **sum** | | **{su.count_parameters(recipe.shape):,}** |",
+                 f"| **learning_rate** | {recipe.learning_rate:g} | 0.0008 |", "| **optimizer** | muon | none |",
+                 "| **shape.qk_norm** | yes | no |"):
+        assert text in card, text
+
+
 def test_the_sums_in_the_card_are_right(run_dir):
     """Derived figures, computed here again."""
     figures = {figure["path"]: figure["text"] for figure in json.loads((run_dir / "model_card.json").read_text())["figures"]}
