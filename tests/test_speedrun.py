@@ -64,7 +64,8 @@ def test_the_figures_of_known_runs():
     assert shares["card", 1] == pytest.approx(1 / 4) and shares["trainer", 2] == pytest.approx(1 / 10)
     assert found["away"] == {"Muon": [{"seed": 1, "tokens": 400_000, "bits_per_byte": pytest.approx(0.1),
                                        "seconds": pytest.approx(-10)}]}
-    text = figures.markdown({"machine": {"cpu": "a CPU", "cpu_count": 2}, "tokens": 1_000_000, "width": 128, **found,
+    text = figures.markdown({"machine": {"cpu": "a CPU", "cpu_count": 2}, "tokens": 1_000_000, "seed_tokens": 1_000_000,
+                              "width": 128, **found,
                               "runs": list(made_runs())})
     assert "seed 1: 0.250, seed 2: 0.200" in text and "| Muon | 400,000 | +0.1000 (one seed) | -10 (one seed) |" in text
     each = [loss_after(1_000_000) / 3] * 2

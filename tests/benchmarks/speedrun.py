@@ -10,8 +10,8 @@ the card's tokens, each laid out for its own budget; which shares is found by bi
 neighbours of the target log(tokens) is interpolated. Time is that of a whole process, imports, compilation and the saved
 model included, at the same place between the same two runs; contestants alternate, and each seed turns their order round.
 
-Parts: `target` (card, card at the twin's own rate, ours), `seeds` (ours at all of the tokens, also in FP32, as on a CPU
-without bf16 units), `trainer` (the card's recipe in transformers.Trainer, by default and in bf16), `ablation` (each
+Parts: `target` (card, card at the twin's own rate, ours), `seeds` (ours at the tokens of `make run`, also in FP32, as on a
+CPU without bf16 units), `trainer` (the card's recipe in transformers.Trainer, by default and in bf16), `ablation` (each
 ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at --ablation-share of the tokens,
 `widths` (the target at other widths, rates by the rule), `rates` (the rule: half and double of each rate at --widths, to
 which a power is fitted, and at --test-width, to which it is not), `nanochat`. Every run is kept in outputs/speedrun/runs/,
@@ -125,7 +125,7 @@ class Speedrun:
         tokenizer = su.load_tokenizer(self.tokenizer)
         self.store = given.store or su.prepare_tokens(
             recipe.sources, tokenizer, self.folder / "tokens", validation_documents=recipe.max_eval_samples,
-            tokens_per_source={source.name: given.tokens + recipe.block_size for source in recipe.sources})
+            tokens_per_source={source.name: max(given.tokens, given.seed_tokens) for source in recipe.sources})
 
     def path(self, who: str, recipe) -> Path:
         name = "".join(character if character.isalnum() else "-" for character in who)
@@ -178,7 +178,7 @@ class Speedrun:
 
     def seeds(self, seed: int) -> None:
         """What `make run` trains, and the same where no bf16 is: Muon's products are then in FP32 too."""
-        recipe = self.ours(self.given.tokens, seed)
+        recipe = self.ours(self.given.seed_tokens, seed)
         self.run("ours", recipe)
         self.run("ours in FP32", dataclasses.replace(recipe, mixed_precision="no"))
 
@@ -238,7 +238,7 @@ class Speedrun:
     def report(self) -> None:
         runs = [json.loads(path.read_text()) for path in sorted((self.folder / "runs").glob("*.json"))]
         report = {"machine": {key: value for key, value in su.environment().items() if key != "packages"},
-                  "tokens": self.given.tokens, "width": self.given.width,
+                  "tokens": self.given.tokens, "seed_tokens": self.given.seed_tokens, "width": self.given.width,
                   **summarised(runs, self.given.tokens, self.given.test_width),
                   "runs": [{key: value for key, value in run.items() if key != "recipe"} for run in runs]}
         su.write_atomically(self.given.out / "speedrun.json", json.dumps(report, indent=1))
@@ -253,6 +253,7 @@ def read_command_line(argv=None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--tokens", type=int, default=4_000_000, help="the card recipe's budget")
+    parser.add_argument("--seed-tokens", type=int, default=su.find_recipe(OURS, "cpu").token_budget, help="of `seeds`")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, help="other than the twin's; give it an --out of its own. 256 x 12: about 12M")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of --tokens, ascending: budgets of ours")
