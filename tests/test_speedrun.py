@@ -125,10 +125,11 @@ def test_a_whole_speedrun_and_its_second_call(tiny, tmp_path):
                "--tokens", "30000", "--width", "32", "--shares", "0.3", "1.0", "--tokenizer", str(tiny.tokenizer_dir),
                "--store", str(store), "--out", str(tmp_path / "out")]
     first, second = (subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout for _ in range(2))
-    assert first.count("bits per byte") == 6 and second == ""
     report = json.loads((tmp_path / "out/speedrun.json").read_text())
     losses = {(run["who"], run["budget"]): run["eval_loss"] for run in report["runs"]}
-    assert set(losses) == {("card", 30_000), ("card-own-rate", 30_000), ("ours", 9_000), ("ours", 30_000),
-                           ("trainer", 30_000), ("trainer-bf16", 30_000)}
+    assert first.count("bits per byte") == len(losses) and second == ""
+    wanted = {(who, 30_000) for who in ("card", "card-own-rate", "trainer", "trainer-bf16")} | {("ours", 9_000)}
+    met = losses["ours", 9_000] <= losses["card", 30_000]          # then no larger budget is trained
+    assert set(losses) == (wanted if met else wanted | {("ours", 30_000)})
     assert losses["trainer", 30_000] == pytest.approx(losses["card", 30_000], abs=0.01)
     assert "transformers.Trainer in bf16" in (tmp_path / "out/benchmarks/speedrun.md").read_text()
