@@ -10,12 +10,13 @@ the card's tokens, each laid out for its own budget; which shares is found by bi
 neighbours of the target log(tokens) is interpolated. Time is that of a whole process, imports, compilation and the saved
 model included, at the same place between the same two runs; contestants alternate, and each seed turns their order round.
 
-Parts: `target` (card, card at the twin's own rate, ours), `trainer` (the card's recipe in transformers.Trainer, by default
-and in bf16), `ablation` (each ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at
---ablation-share of the tokens, `widths` (the target at other widths, rates by the rule), `rates` (the rule: half and double
-of each rate at --widths, to which a power is fitted, and at --test-width, to which it is not), `nanochat`. Every run is
-kept in outputs/speedrun/runs/, so a call goes on where the last one stopped. Writes outputs/speedrun.json,
-outputs/benchmarks/speedrun.md (which `make results` shows) and outputs/speedrun/ratio.png.
+Parts: `target` (card, card at the twin's own rate, ours), `seeds` (ours at the tokens of `make run`, also in FP32, as on a
+CPU without bf16 units), `trainer` (the card's recipe in transformers.Trainer, by default and in bf16), `ablation` (each
+ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at --ablation-share of the tokens,
+`widths` (the target at other widths, rates by the rule), `rates` (the rule: half and double of each rate at --widths, to
+which a power is fitted, and at --test-width, to which it is not), `nanochat`. Every run is kept in outputs/speedrun/runs/,
+so a call goes on where the last one stopped. Writes outputs/speedrun.json, outputs/benchmarks/speedrun.md (which
+`make results` shows) and outputs/speedrun/ratio.png.
 """
 import argparse
 import dataclasses
@@ -37,7 +38,7 @@ from stentor.tuning import tuned_rates  # noqa: E402
 
 CARD, OURS = "stentor2-12m", "stentor2-12m-tuned-qk"
 SHARES = (0.08, 0.1, 0.125, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.42, 0.5, 0.7, 1.0)    # of the card's tokens
-PARTS = ("target", "trainer", "ablation", "tried", "widths", "rates", "nanochat")
+PARTS = ("target", "seeds", "trainer", "ablation", "tried", "widths", "rates", "nanochat")
 NEVER = 2**31                                         # steps: no evaluation but the first and the last
 FIGURES = ("parameters", "matrix_parameters", "tokens", "eval_loss", "bits_per_byte", "train_seconds")
 
@@ -49,31 +50,31 @@ def with_budget(recipe, tokens: int, seed: int):
     return dataclasses.replace(recipe, token_budget=tokens, seed=seed, eval_steps=NEVER, best_eval_steps=NEVER)
 
 
-def of_width(recipe, width: int):
+def of_width(recipe, width: int, layers: int | None):
     """The same with another hidden_size: heads as wide as they were, rates of a tuned one by its rule."""
     shape = recipe.shape
     heads = max(1, width // shape.head_dim)
     shape = dataclasses.replace(shape, hidden_size=width, intermediate_size=3 * width, num_attention_heads=heads,
-                                num_key_value_heads=heads)
+                                num_key_value_heads=heads, num_hidden_layers=layers or shape.num_hidden_layers)
     rates = tuned_rates(shape) if recipe.optimizer == "muon" else {}
     return dataclasses.replace(recipe, shape=shape, **rates)
 
 
-def card_recipe(tokens: int, seed: int, width: int, own_rate: bool = False):
+def card_recipe(tokens: int, seed: int, width: int, layers: int | None = None, own_rate: bool = False):
     """The card's optimiser, rate and schedule (laid out for 2.6 times the tokens that were trained) on the CPU twin.
 
     own_rate: 4e-3 and a schedule of the budget's length instead, as the twin without Muon has it.
     """
     published = su.RECIPES[CARD]
-    recipe = with_budget(of_width(published.scaled_to("cpu"), width), tokens, seed)
+    recipe = with_budget(of_width(published.scaled_to("cpu"), width, layers), tokens, seed)
     if own_rate:
         return recipe
     planned = math.ceil(recipe.total_steps * published.schedule_steps / published.total_steps)
     return dataclasses.replace(recipe, learning_rate=published.learning_rate, max_train_steps=planned)
 
 
-def our_recipe(tokens: int, seed: int, width: int):
-    return with_budget(of_width(su.find_recipe(OURS, "cpu"), width), tokens, seed)
+def our_recipe(tokens: int, seed: int, width: int, layers: int | None = None):
+    return with_budget(of_width(su.find_recipe(OURS, "cpu"), width, layers), tokens, seed)
 
 
 def without_one() -> dict[str, dict]:
@@ -120,11 +121,11 @@ class Speedrun:
         self.tokenizer = given.tokenizer or self.folder / "tokenizer"
         if not self.tokenizer.is_dir():
             run_notebooks(["01_tokenizer"], {"PROFILE": "cpu", "OUTPUTS": str(given.out), "RUN": "speedrun", "RECIPE": OURS})
-        recipe = our_recipe(given.tokens, given.seeds[0], given.width)
+        recipe = our_recipe(given.tokens, given.seeds[0], given.width, given.layers)
         tokenizer = su.load_tokenizer(self.tokenizer)
         self.store = given.store or su.prepare_tokens(
             recipe.sources, tokenizer, self.folder / "tokens", validation_documents=recipe.max_eval_samples,
-            tokens_per_source={source.name: given.tokens + recipe.block_size for source in recipe.sources})
+            tokens_per_source={source.name: max(given.tokens, given.seed_tokens) for source in recipe.sources})
 
     def path(self, who: str, recipe) -> Path:
         name = "".join(character if character.isalnum() else "-" for character in who)
@@ -163,23 +164,32 @@ class Speedrun:
         subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
         return json.loads(path.with_suffix(".result").read_text())
 
+    def ours(self, tokens: int, seed: int, width: int | None = None):
+        return our_recipe(tokens, seed, width or self.given.width, self.given.layers)
+
     # The parts.
 
     def target(self, seed: int, width: int, tokens: int, own_rate: bool = True) -> None:
-        card = self.run("card", card_recipe(tokens, seed, width))
+        card = self.run("card", card_recipe(tokens, seed, width, self.given.layers))
         if own_rate:
-            self.run("card-own-rate", card_recipe(tokens, seed, width, own_rate=True))
+            self.run("card-own-rate", card_recipe(tokens, seed, width, self.given.layers, own_rate=True))
         budgets = [int(tokens * share) for share in self.given.shares]
-        bisected(lambda n: self.run("ours", our_recipe(n, seed, width))["eval_loss"], budgets, card["eval_loss"])
+        bisected(lambda n: self.run("ours", self.ours(n, seed, width))["eval_loss"], budgets, card["eval_loss"])
+
+    def seeds(self, seed: int) -> None:
+        """What `make run` trains, and the same where no bf16 is: Muon's products are then in FP32 too."""
+        recipe = self.ours(self.given.seed_tokens, seed)
+        self.run("ours", recipe)
+        self.run("ours in FP32", dataclasses.replace(recipe, mixed_precision="no"))
 
     def trainer(self, seed: int) -> None:
-        recipe = card_recipe(self.given.tokens, seed, self.given.width)
+        recipe = card_recipe(self.given.tokens, seed, self.given.width, self.given.layers)
         for who, mixed in (("trainer", False), ("trainer-bf16", True)):
             self.run(who, recipe, mixed=mixed)
 
     def changed(self, seed: int, kind: str, changes: dict[str, dict]) -> None:
         """Ours and each change to it alone; kind: "without" or "with"."""
-        ours = our_recipe(int(self.given.ablation_share * self.given.tokens), seed, self.given.width)
+        ours = self.ours(int(self.given.ablation_share * self.given.tokens), seed)
         self.run("ours", ours)
         for name, fields in changes.items():
             self.run(f"{kind} {name}", dataclasses.replace(ours, **fields))
@@ -187,14 +197,14 @@ class Speedrun:
 
     def rates(self, seed: int, width: int) -> None:
         """Ours at a width with the rule's rates, and with half and double of each."""
-        ours = our_recipe(self.given.rate_tokens, seed, width)
+        ours = self.ours(self.given.rate_tokens, seed, width)
         self.run("ours", ours)
         for name in ("matrix_learning_rate", "learning_rate"):
             for factor in (0.5, 2):
                 self.run(f"{name} x {factor:g}", dataclasses.replace(ours, **{name: factor * getattr(ours, name)}))
 
     def nanochat(self, seed: int) -> None:
-        recipe = our_recipe(self.given.tokens, seed, self.given.width)
+        recipe = self.ours(self.given.tokens, seed)
         self.run("ours", recipe)
         self.run("nanochat", recipe, checkout=str(self.given.nanochat), rates=self.given.nanochat_rates,
                  env={"NANOCHAT_DTYPE": {"bf16": "bfloat16"}.get(recipe.mixed_precision, "float32")})
@@ -204,6 +214,7 @@ class Speedrun:
         given = self.given
         for i, seed in enumerate(given.seeds):
             steps = [(self.target, seed, given.width, given.tokens)] if "target" in given.parts else []
+            steps += [(self.seeds, seed)] if "seeds" in given.parts else []
             steps += [(self.trainer, seed)] if "trainer" in given.parts else []
             for do, *arguments in steps[::-1 if i % 2 else 1]:
                 do(*arguments)
@@ -227,7 +238,7 @@ class Speedrun:
     def report(self) -> None:
         runs = [json.loads(path.read_text()) for path in sorted((self.folder / "runs").glob("*.json"))]
         report = {"machine": {key: value for key, value in su.environment().items() if key != "packages"},
-                  "tokens": self.given.tokens, "width": self.given.width,
+                  "tokens": self.given.tokens, "seed_tokens": self.given.seed_tokens, "width": self.given.width,
                   **summarised(runs, self.given.tokens, self.given.test_width),
                   "runs": [{key: value for key, value in run.items() if key != "recipe"} for run in runs]}
         su.write_atomically(self.given.out / "speedrun.json", json.dumps(report, indent=1))
@@ -242,7 +253,9 @@ def read_command_line(argv=None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--tokens", type=int, default=4_000_000, help="the card recipe's budget")
+    parser.add_argument("--seed-tokens", type=int, default=su.find_recipe(OURS, "cpu").token_budget, help="of `seeds`")
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="other than the twin's; give it an --out of its own. 256 x 12: about 12M")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of --tokens, ascending: budgets of ours")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192])
     parser.add_argument("--width-seeds", type=int, default=2)

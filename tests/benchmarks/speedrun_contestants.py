@@ -92,7 +92,8 @@ def run_nanochat(recipe, store, checkout: str, rates: float) -> dict:
     """nanochat's own model and optimiser over our rows, by the schedules and defaults of its scripts/base_train.py.
 
     Equal width, layers and heads, its own head and value embeddings; `rates` multiplies its rates, which are for batches
-    of 524,288 tokens; its weight decay, a function of its own budget, is left out. Nothing of it is copied here.
+    of 524,288 tokens; its weight decay, a function of its own budget, is left out. Nothing of it is copied here. Its model
+    is compiled as there, its optimiser not.
     """
     sys.path.insert(0, checkout)
     from nanochat.gpt import GPT, GPTConfig
@@ -105,11 +106,11 @@ def run_nanochat(recipe, store, checkout: str, rates: float) -> dict:
     gpt.init_weights()
     optimizer = gpt.setup_optimizer(unembedding_lr=0.008 * rates, embedding_lr=0.3 * rates, matrix_lr=0.02 * rates,
                                     scalar_lr=0.5 * rates)
-    cooling = round(0.65 * steps)
+    cooling, compiled = round(0.65 * steps), torch.compile(gpt, dynamic=False)
     began = time.monotonic()
     for step in range(steps):
         ids = store.batch(step)["input_ids"]
-        gpt(ids[:, :-1], ids[:, 1:].contiguous()).backward()
+        compiled(ids[:, :-1], ids[:, 1:].contiguous()).backward()
         left = (steps - step) / max(1, cooling)
         share = min(1.0, (step + 1) / 40, left + (1 - left) * 0.05 if left < 1 else 1.0)
         momentum = 0.85 + 0.12 * min(1.0, step / 400) if left >= 1 else 0.97 * left + 0.90 * (1 - left)
@@ -117,7 +118,8 @@ def run_nanochat(recipe, store, checkout: str, rates: float) -> dict:
             group["lr"] = group["initial_lr"] * share
             if group["kind"] == "muon":
                 group["momentum"] = momentum
-        optimizer.step()
+        with torch.compiler.set_stance("force_eager"):     # torch 2.13's CPU compiler fails on its Muon (KeyError 'buf13')
+            optimizer.step()
         gpt.zero_grad(set_to_none=True)
     seconds = time.monotonic() - began
     matrices = sum(p.numel() for p in gpt.transformer.h.parameters() if p.ndim == 2)

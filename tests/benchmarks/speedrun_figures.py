@@ -163,6 +163,12 @@ def markdown(report: dict) -> str:
             for key in ("ratios", "to_own_rate", "times")}
     if here["ratios"]:
         parts += target_tables(**here)
+    draws = {who: of(report["runs"], who, width=report["width"], budget=report["seed_tokens"])
+             for who in ("ours", "ours in FP32")}
+    if any(draws.values()):
+        parts.append(table([f"{report['seed_tokens']:,} tokens", "bits per byte", "max - min", "each seed"], [
+            [who, means(runs, "bits_per_byte", "{:.4f}"), f"{np.ptp([run['bits_per_byte'] for run in runs]):.4f}",
+             ", ".join(f"{run['seed']}: {run['bits_per_byte']:.4f}" for run in runs)] for who, runs in draws.items() if runs]))
     widths = sorted({row["width"] for row in report["ratios"]})
     if len(widths) > 1:
         of_width = {width: [row for row in report["ratios"] if row["width"] == width] for width in widths}
