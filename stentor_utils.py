@@ -68,9 +68,9 @@ from stentor.train import TrainingDiverged, train                               
 
 
 def __getattr__(name: str):
-    """`su.benchmark` and `su.charts`, when they are asked for: lm_eval is not in every image, and
-    matplotlib is not needed by what trains."""
-    if name not in ("benchmark", "charts"):
+    """`su.benchmark`, `su.charts` and `su.demo`, when they are asked for: lm_eval and Gradio are not
+    in every image, and matplotlib is not needed by what trains."""
+    if name not in ("benchmark", "charts", "demo"):
         raise AttributeError(f"stentor_utils has no {name!r}")
     return importlib.import_module(f"stentor.{name}")
 

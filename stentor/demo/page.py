@@ -21,6 +21,16 @@ def explorer_script() -> str:
     return (_HERE / "explorer.js").read_text()
 
 
+def alone(*pieces: str) -> str:
+    """Pieces for a notebook's output, where there is no page around them: their style goes along."""
+    named = ("body-text-color: #222222", "body-text-color-subdued: #5b6470",
+             "border-color-primary: #d5d9de", "background-fill-primary: #ffffff")
+    given = "".join(f"--{value}; " for value in named)
+    return (f"<style>{css()}\n.st-alone {{ {given} background: #ffffff; color: #222222; "
+            f"padding: 0.6rem; border-radius: 8px; }}</style>"
+            f'<div class="st-alone">{"".join(pieces)}</div>')
+
+
 def note(text: str) -> str:
     """A line that says what is going on."""
     return f'<p class="st-note" role="status">{html.escape(text)}</p>'

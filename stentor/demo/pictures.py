@@ -6,6 +6,7 @@ Needs Chromium on this machine (Debian: apt-get install chromium) and playwright
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import sys
@@ -160,13 +161,18 @@ def take(address: str, folder) -> list[Path]:
     return taken
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     from stentor.demo.command import opened_demo
     from stentor.demo.app import close, start
-    folder, given = argv[0], argv[2:] if argv[1:2] == ["-p"] else []
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
     try:
         find_browser()
-        blocks, _ = opened_demo(given)
+        pairs = (pair.partition("=") for pair in arguments.parameters)
+        blocks, _ = opened_demo({name: value for name, _, value in pairs})
         try:
             print("\n".join(map(str, take(start(blocks), folder))))
         finally:
@@ -178,4 +184,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
