@@ -449,3 +449,39 @@ def test_a_space_runs_alone(space, tmp_path):
         app.terminate()
         app.wait()
     assert not any(str(REPO) in str(path) for path in (tmp_path / "alone").rglob("*"))
+
+
+# --- notebook 09
+
+
+def test_09_tries_every_tab_opens_the_page_and_ends(outputs, tmp_path):
+    """Executed as `make run` does it: nothing waits for a person, and every picture has its text."""
+    import shutil
+
+    from test_notebooks import run
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    shutil.copytree(outputs[0], tmp_path / "outputs")
+    done = run(f"OUTPUTS={tmp_path / 'outputs'}", "RUN=run", "MAX_NEW_TOKENS=12", "STAY_OPEN=False", "PROMPT=The function",
+               f"BASELINES=['{outputs[1]}']", notebooks=["09_demo"])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "the page is closed" in done.stdout and "most surprising" in done.stdout and "And of Italy?" in done.stdout
+    cells = json.loads((tmp_path / "outputs/run/notebooks/09_demo.ipynb").read_text())["cells"]
+    shown = {cell["id"]: "".join("".join(output.get("data", {}).get("text/html", "")) for output in cell.get("outputs", []))
+             for cell in cells}
+    assert shown["write"].count("The function") == 1 and shown["sweep"].count("<article") == 3
+    assert shown["sure"].count("data-facts") >= 3 and shown["arena"].count("<article") == 2 and "No votes yet" in shown["arena"]
+    assert "tokens/s" in shown["ask"] and not (tmp_path / "outputs" / "arena_votes.jsonl").exists()
+
+
+@pytest.mark.parametrize("given, expected", [
+    (["PORT=0", "MEMORY_GB=-1", "HUBB=1"], ["PORT = 0 must be at least 1", "MEMORY_GB = -1", "did you mean HUB?"]),
+    (["RUN=other", "HUB=False"], ["RUN = 'other' has no model", "which holds run, run, instruct"]),
+    (["OUTPUTS=/nowhere", "HUB=False"], ["there is no model to try"]),
+])
+def test_make_demo_refuses_what_is_wrong_in_a_sentence(outputs, given, expected):
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    given = given if given[0].startswith("OUTPUTS") else [f"OUTPUTS={outputs[0]}", *given]
+    done = subprocess.run([sys.executable, "-m", "stentor_utils", "demo", "-p", *given], cwd=REPO, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert all(part in done.stderr for part in expected), done.stderr

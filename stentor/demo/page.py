@@ -72,9 +72,9 @@ def legend() -> str:
             f'<ul>{items}</ul></div>')
 
 
-def tokens(seen: list[dict], prompt: list[dict] = ()) -> str:
+def tokens(seen: list[dict]) -> str:
     """The coloured tokens of `generating.probabilities`, each with its alternatives, and their panel."""
-    body = "".join(_token(row, i, i < len(prompt)) for i, row in enumerate([*prompt, *seen]))
+    body = "".join(_token(row, place) for place, row in enumerate(seen))
     return (f'<div class="st-explorer">{legend()}'
             '<p class="st-note">Point at a token, or reach it with Tab and the arrow keys. Click it, '
             'or press Enter, to keep its alternatives; choose one to go on from there.</p>'
@@ -84,15 +84,15 @@ def tokens(seen: list[dict], prompt: list[dict] = ()) -> str:
             '<p class="st-note">No token chosen.</p></aside></div></div>')
 
 
-def _token(row: dict, place: int, given: bool) -> str:
+def _token(row: dict, place: int) -> str:
     p = row["probability"]
     level = "sure" if p >= SURE else "unsure" if p < UNSURE else "middle"
-    shown = row["text"] or ("·" if row["label"] else "")
     facts = {"label": row["label"], "p": p, "rank": row["rank"], "place": place,
              "others": [[a["id"], a["text"], a["probability"]] for a in row["alternatives"]]}
     said = f'{row["label"]}, {percent(p)}, choice {row["rank"]}'
-    text = html.escape(shown).replace("\n", "↵\n")
-    return (f'<span class="st-token st-{level}{" st-given" * given}" role="button" '
+    text = html.escape(row["text"])
+    bare = " st-bare" * (not row["text"].strip())
+    return (f'<span class="st-token st-{level}{bare}" role="button" '
             f'tabindex="{0 if place == 0 else -1}" aria-label="{html.escape(said)}" '
             f'data-facts="{html.escape(json.dumps(facts))}">{text}</span>')
 

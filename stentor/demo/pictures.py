@@ -51,9 +51,7 @@ class Tab:
     def __init__(self, page, name: str):
         self.page = page
         page.get_by_role("tab", name=name).click()
-        self.panel = page.get_by_role("tabpanel", name=name)
-        if not self.panel.count():                     # narrow pages name their panels otherwise
-            self.panel = page.locator("[role=tabpanel]:visible")
+        self.panel = page.locator("[role=tabpanel]:visible")
         self.panel.wait_for()
 
     def press(self, name: str) -> None:

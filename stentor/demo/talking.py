@@ -1,6 +1,7 @@
 """The tabs for judging and for talking: Arena and Chat."""
 from __future__ import annotations
 
+import html
 import random
 import secrets
 import threading
@@ -44,12 +45,12 @@ def arena_tab(demo: Demo) -> None:
     def compare(mode, first, second, prompt, temperature, top_p, repetition_penalty, max_new_tokens,
                 seed, request: gr.Request = None):
         sliders = temperature, top_p, repetition_penalty, max_new_tokens
-        for html, state, open_ in compared(demo, request, mode, (first, second), prompt, sliders, seed):
-            yield html, state, *[gr.Button(interactive=open_)] * len(buttons)
+        for shown, state, open_ in compared(demo, request, mode, (first, second), prompt, sliders, seed):
+            yield shown, state, *[gr.Button(interactive=open_)] * len(buttons)
 
     def vote(round_, choice):
-        html, state, ratings = voted(demo, round_, choice)
-        return html, state, ratings, *[gr.Button(interactive=False)] * len(buttons)
+        shown, state, ratings = voted(demo, round_, choice)
+        return shown, state, ratings, *[gr.Button(interactive=False)] * len(buttons)
     mode.change(lambda mode: gr.Row(visible=mode == "Show"), mode, sides, queue=False,
                 api_visibility="private")
     inputs = [mode, first, second, prompt, *chosen.inputs, chosen.seed]
@@ -126,11 +127,11 @@ def voted(demo: Demo, round_, choice: str):
         if round_.vote_once():
             arena.add_vote(demo.votes, *round_["names"], VOTES[choice], round_["mode"])
         titles = [f"{side} · {name}" for side, name in zip("AB", round_["names"])]
-        html = _pair([page.card(text, title) for text, title in zip(round_["texts"], titles)])
+        shown = _pair([page.card(text, title) for text, title in zip(round_["texts"], titles)])
         winner = {"A is better": titles[0], "B is better": titles[1]}.get(choice)
         said = f"Your vote: {choice}" + (f" ({winner})." if winner else ".")
         ratings = page.ratings(arena.rate(arena.read_votes(demo.votes)))
-        return html + page.note(said), None, ratings
+        return shown + page.note(said), None, ratings
     except Exception as error:
         return page.refused(told(error)), None, gr.skip()
 
@@ -173,6 +174,12 @@ def chat_tab(demo: Demo) -> None:
                  model, system, queue=False, api_visibility="private")
 
 
+def bubbles(messages: list[dict]) -> list[dict]:
+    """Messages for the window, which takes even plain text for HTML: escaped, so that they show as
+    they were typed, in lines as they were."""
+    return [{**message, "content": html.escape(message["content"])} for message in messages]
+
+
 def chatted(demo: Demo, request, model, system, message, said, sliders, seed):
     """(window, messages, question, note) while the model answers; messages: [{"role", "content"}]."""
     stop = demo.begin(request, "chat")
@@ -180,7 +187,7 @@ def chatted(demo: Demo, request, model, system, message, said, sliders, seed):
         yield gr.skip(), gr.skip(), gr.skip(), page.note("Type a message first.")
         return
     asked = [*said, {"role": "user", "content": message}]
-    yield asked, gr.skip(), "", page.note(f"Waiting for {model} …")
+    yield bubbles(asked), gr.skip(), "", page.note(f"Waiting for {model} …")
     try:
         settings, text = settings_of(*sliders), None
         whole = [{"role": "system", "content": system}] * bool(system.strip()) + asked
@@ -189,10 +196,10 @@ def chatted(demo: Demo, request, model, system, message, said, sliders, seed):
             return chat_ids(loaded, messages, settings["max_new_tokens"])
         for text in stream(demo.models, model, whole, settings, seed_of(seed), stop, ids_of):
             answer = {"role": "assistant", "content": text.text or "…"}
-            yield [*asked, answer], gr.skip(), gr.skip(), gr.skip()
+            yield bubbles([*asked, answer]), gr.skip(), gr.skip(), gr.skip()
         shown = {"role": "assistant", "content": text.text.strip() or "(no words: it ended at once)"}
         kept = [*asked, {"role": "assistant", "content": text.text}]
         below = " · ".join(filter(None, (text.figures(), text.note)))
-        yield [*asked, shown], kept, gr.skip(), page.note(below)
+        yield bubbles([*asked, shown]), kept, gr.skip(), page.note(below)
     except Exception as error:
-        yield said, gr.skip(), message, page.refused(told(error))
+        yield bubbles(said), gr.skip(), message, page.refused(told(error))
