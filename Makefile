@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run run-seeds demo test kaggle test-kaggle tpu-test tpu-aot bench soak results lint clean
+.PHONY: run run-seeds demo test kaggle test-kaggle tpu-test tpu-aot bench speedrun soak results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -92,6 +92,11 @@ tpu-aot: .venv-tpu/.installed .venv-aot/.installed
 bench: $(VENV)/.installed
 	for file in tests/benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
 	STENTOR_SLOW=1 $(PY) -m pytest -s tests -k "2000_steps or compile"
+
+# Tokens and time to the card recipe's final loss, and what each ingredient of ours is worth: hours; a call goes on where the
+# last one stopped. SPEEDRUN="--parts target --seeds 42 43" for a part of it; NANOCHAT=checkout runs that beside.
+speedrun: $(VENV)/.installed
+	$(PY) tests/benchmarks/speedrun.py $(SPEEDRUN) $(if $(NANOCHAT),--nanochat $(call quoted,$(value NANOCHAT)))
 
 soak: $(VENV)/.installed
 	$(PY) tests/soak.py --runs 50 --kills 4 --report outputs

@@ -7,13 +7,17 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     secrets files       errors for readers, atomic writes, run locks; what a secret looks like
     parameters session  rules for notebook parameters; hardware, deadline, run folder
     rules               a rule beside each field: how a shape and a recipe check themselves
-    shapes recipes      what decides a run; `published` holds every card's recipe
-    hub formats corpus  asking the hub; reading people's files; the text that comes with Python
+    shapes tuning       what a model is, and the rates that suit it
+    recipes published   what decides a run; every card's recipe, and its twins
+    hub formats prose   asking the hub; reading people's files; sentences without mark-up
+    corpus              the text that comes with Python
     sources tokenizer   documents, cleaned; the tokenizer that belongs to a recipe
     preparing tokens    the token store: how it is filled, how it is read
     growing             the one that is filled while training reads it
-    precision model     the cards' precision techniques; build, initialise, sample
+    stock precision     the two stock architectures; the cards' precision techniques
+    model               build, initialise, sample
     folders growth loss saved models; a small one made larger; the loss without logits in memory
+    stages              a store whose evaluations measure the texts of other stages too
     optimizers engine   what differs between CPU and CUDA; `xla` for TPUs
     checkpoints metrics what a killed run goes on from; its log
     learner stopping    model, optimiser and average in one; signals and the deadline
@@ -22,6 +26,9 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
+    vocabulary alone    a vocabulary built from text; what a notebook takes where no other ran
+    curriculum payoff   stages one after the other; whether growing pays, over compute
+    master_test         a hundred fragments, continued and scored by rules
     opening lesson      a notebook's parameters checked, its run found; the tables that lessons share
     conversation demo/  a chat as tokens, trimmed as in training; the model in a browser (Gradio)
 
@@ -30,8 +37,11 @@ tokenmonster_hf.py, beside this file, is the tokenizer: it travels alone inside 
 import importlib
 import sys
 
-from stentor import conversation, statistics                                                        # noqa: F401
-from stentor.card import check_model_card, measure_limitations, write_model_card                    # noqa: F401
+from stentor import conversation, statistics, vocabulary                                           # noqa: F401
+from stentor.alone import (                                                                         # noqa: F401
+    EFFORT, bring, build_tokenizer, find_model, offline_problem, published_model, read_source)
+from stentor.card import (                                                                          # noqa: F401
+    check_model_card, described_models, measure_limitations, write_model_card)
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
@@ -41,10 +51,13 @@ from stentor.files import (                                                     
     write_atomically)
 from stentor.folders import load_model, save_model_folder                                           # noqa: F401
 from stentor.growing import GrowingStore                                                            # noqa: F401
-from stentor.growth import grow_model                                                               # noqa: F401
+from stentor.kaggle import how_to_go_on, internet, on_kaggle, room_problem, stop_here               # noqa: F401
+from stentor.growth import (                                                                        # noqa: F401
+    copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems,
+    shape_of)
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
-    budget_table, card_table, precision_table, summary_table, write_samples)
+    budget_table, card_table, precision_table, show_source, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
 from stentor.model import GENERATION, build_model, generate, initialize_weights                     # noqa: F401
 from stentor.opening import open_run, rules                                                         # noqa: F401
@@ -53,24 +66,28 @@ from stentor.parameters import (                                                
     check_notebook_parameters, generation_settings, items, number, run_name, run_names, string, writable_folder)
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
-from stentor.published import ALL_RECIPES, RECIPES, REPAIRED, find_recipe                           # noqa: F401
+from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
 from stentor.session import (                                                                       # noqa: F401
     find_outputs, find_profile, hours_left, run_problem, session_end, writable_run)
-from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget                # noqa: F401
+from stentor.shapes import (                                                                        # noqa: F401
+    Shape, count_parameters, kv_cache_bytes, parameter_budget, weight_bytes)
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401
-    encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer, tokenizer_problem,
-    tokenizer_sha256, vocabulary_rows)
+    encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer,
+    save_tokenizer, tokenizer_problem, tokenizer_sha256, vocabulary_rows)
 from stentor.tokens import TokenStore, plan_sources, source_names                                   # noqa: F401
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 
 
+LATE = ("benchmark", "charts", "curriculum", "demo", "master_test", "payoff")
+
+
 def __getattr__(name: str):
-    """`su.benchmark`, `su.charts` and `su.demo`, when they are asked for: lm_eval and Gradio are not
-    in every image, and matplotlib is not needed by what trains."""
-    if name not in ("benchmark", "charts", "demo"):
+    """`su.benchmark`, `su.charts` and the rest of LATE, when they are asked for: lm_eval is not in every
+    image, matplotlib is not needed by what trains, and what only 07 or 09 call is not in every notebook."""
+    if name not in LATE:
         raise AttributeError(f"stentor_utils has no {name!r}")
     return importlib.import_module(f"stentor.{name}")
 

@@ -31,7 +31,7 @@ BRANCH = "kaggle"                      # of the repository, where links find the
 
 
 def table() -> dict[str, dict]:
-    """{notebook: {"accelerator", "after", "files", "without"}}."""
+    """{notebook: {"accelerator", "after", "files", "without"}}; "with": files that only it imports."""
     return json.loads((HERE / "kaggle" / "notebooks.json").read_text())
 
 
@@ -81,8 +81,10 @@ def set_metadata(path) -> None:
 
 def carried(name: str) -> list[str]:
     """The files that a notebook needs, as paths from the repository."""
-    row = table()[name]
-    without = {path for pattern in [*REPO_ONLY, *row["without"]] for path in HERE.glob(pattern)}
+    row, mine = table()[name], table()[name].get("with", [])
+    others = {pattern for other in table().values() for pattern in other.get("with", [])}
+    left_out = [*REPO_ONLY, *row["without"], *(others - {*mine})]
+    without = {path for pattern in left_out for path in HERE.glob(pattern)}
     return [path.relative_to(HERE).as_posix() for pattern in [*FILES, *row["files"]]
             for path in sorted(HERE.glob(pattern)) if path not in without]
 

@@ -7,7 +7,6 @@ ends in their colours. A run, to the functions below, is {"name", "colour", "tra
 from __future__ import annotations
 
 import io
-import json
 import math
 from pathlib import Path
 from zlib import crc32
@@ -16,6 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from stentor.metrics import read_metrics
 
 # The palette.
 
@@ -188,21 +189,6 @@ def draw_shares(ax, at, shares, colours) -> None:
 
 
 # Training curves: 02 and 03 draw their run, 06 several.
-
-def read_metrics(path) -> list[dict]:
-    """Rows of a metrics.jsonl; a line cut short by a kill is skipped, [] without a file."""
-    path, rows = Path(path), []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if (isinstance(row, dict) and row.get("kind") in ("train", "eval")
-                and isinstance(row.get("step"), int)):
-            rows.append(row)
-    return rows
-
 
 def series(rows, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     """x and y, two float arrays, of the rows in which both were measured."""

@@ -117,6 +117,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
             raise CheckpointError("state.json is not an object")
         if "fingerprint" in state and (problem := state_problem(state, int(folder.name[-8:]))):
             raise CheckpointError(f"state.json: {problem}")
+        _complete_fingerprint(state)
         tensors = {name.removesuffix(".safetensors"): load(value) for name, value in data.items()}
         return tensors, state
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
@@ -224,8 +225,18 @@ def newest_state(run_dir) -> dict:
         with contextlib.suppress(OSError, ValueError):
             state = json.loads((folder / "state.json").read_text())
             if isinstance(state, dict) and isinstance(state.get("fingerprint"), dict):
-                return state
+                return _complete_fingerprint(state)
     return {}
+
+
+def _complete_fingerprint(state: dict) -> dict:
+    """The state, its fingerprint with the fields that a recipe did not have yet, at their
+    defaults."""
+    if theirs := state.get("fingerprint"):
+        whole, free = Recipe.completed(theirs), free_fields(Recipe, RESUME)
+        state["fingerprint"] = {key: value for key, value in whole.items()
+                                if key in theirs or key not in free}
+    return state
 
 
 def weights_sha256(model) -> str:

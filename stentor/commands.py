@@ -1,7 +1,7 @@
 """What `make run` and its like start.
 
     python -m stentor_utils run 01_tokenizer 02_pretrain_t4 -p PROFILE=cpu RUN=demo
-    python -m stentor_utils seeds | train | fill | benchmark | summary | recipes | results
+    python -m stentor_utils seeds | growth | train | fill | benchmark | summary | recipes | results
     python -m stentor_utils demo -p RUN=demo PORT=7860
     python -m stentor_utils space outputs/demo
 
@@ -20,7 +20,7 @@ from stentor.files import ParameterError, StentorError, TrainingFailed
 from stentor.launch import fill_from_file, train_from_file
 from stentor.notebooks import read_value, run_notebooks
 from stentor.parameters import items, number, shown
-from stentor.published import RECIPES
+from stentor.published import RECIPES, TUNED
 from stentor.results import print_spread, print_summary, run_seeds, write_results
 from stentor.secrets import redact
 from stentor.session import find_outputs
@@ -29,12 +29,17 @@ from stentor.train import TrainingDiverged
 
 
 def print_recipes() -> None:
-    """One line a recipe: the published shapes and budgets, all derived."""
-    print(f"{'recipe':22}{'parameters':>12}{'steps':>8}{'tokens':>15}  published")
+    """One line a recipe, then one a tuned twin: shapes, budgets and rates, all derived."""
+    def line(recipe, more):
+        print(f"{recipe.name:30}{count_parameters(recipe.shape):>12,}{recipe.total_steps:>8,}"
+              f"{recipe.total_tokens:>15,}  {more}")
+    print(f"{'recipe':30}{'parameters':>12}{'steps':>8}{'tokens':>15}  published")
     for recipe in RECIPES.values():
-        published = ", ".join(f"{key} {value:,}" for key, value in recipe.published.items())
-        print(f"{recipe.name:22}{count_parameters(recipe.shape):>12,}{recipe.total_steps:>8,}"
-              f"{recipe.total_tokens:>15,}  {published}")
+        line(recipe, ", ".join(f"{key} {value:,}" for key, value in recipe.published.items()))
+    print(f"\n{'tuned twin':30}{'parameters':>12}{'steps':>8}{'tokens':>15}  "
+          "learning_rate, matrix_learning_rate")
+    for recipe in TUNED.values():
+        line(recipe, f"{recipe.learning_rate:.3g}, {recipe.matrix_learning_rate:.3g}")
 
 
 def read_pairs(pairs: list[str]) -> dict[str, str]:
@@ -124,6 +129,12 @@ def space_command(arguments) -> None:
           "README.md says how to push it.")
 
 
+def growth_command(arguments) -> None:
+    """`growth`: does growing pay? The trial of `stentor.payoff`, of any recipe's optimiser, and its verdict."""
+    from stentor.payoff import command
+    print(command(arguments.folder, read_pairs(arguments.parameters)))
+
+
 def results_command(arguments) -> None:
     write_results(arguments.run_dir, arguments.readme)
     print_spread(arguments.run_dir)
@@ -149,6 +160,9 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
         "-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
     command("space", space_command, "write a Hugging Face Space folder of a run",
             "run_dir").add_argument("folder", nargs="?", help="default: RUN_DIR/space")
+    command("growth", growth_command, "compare grown models with one from scratch, over compute",
+            "folder").add_argument("-p", dest="parameters", nargs="*", default=[],
+                                   metavar="NAME=VALUE")
     command("train", train_command, "train the run described by a run.json", "run_json")
     fill = command("fill", train_command, "fill one source of a run that is being trained",
                    "run_json", "source")

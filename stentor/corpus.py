@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from stentor.files import ParameterError, cache_folder, write_atomically
+from stentor.prose import running_text
 
 
 def clean_text(text: str, preserve_linebreaks: bool = False) -> str:
@@ -65,18 +66,17 @@ def _docstrings(path: Path) -> list[str]:
     return [doc for doc in found if doc]
 
 
-def _is_prose(paragraph: str) -> bool:
-    """Running text, no parameter table, formula or doctest: long enough, and nearly all letters."""
-    letters = sum(character.isalpha() or character == " " for character in paragraph)
-    return len(paragraph) >= 80 and letters >= 0.88 * len(paragraph) and ">>>" not in paragraph
+def _paragraphs(path: Path) -> list[str]:
+    """The paragraphs of running English in one Python file."""
+    return running_text("\n\n".join(_docstrings(path)))
 
 
 def _extract(kind: str) -> list[str]:
     """All documents of an embedded corpus, in a fixed pseudo-random order (by hash), none twice.
 
-    prose: paragraphs of running English in docstrings, comments, package descriptions and the
-           language reference; one that occurred before is left out, so that no validation paragraph
-           was trained on.
+    prose: paragraphs of running English (`stentor.prose`) in docstrings, comments, package
+           descriptions and the language reference; one that occurred before is left out, so that no
+           validation paragraph was trained on.
     math:  whole docstrings of sympy, mpmath and scipy.
     code:  whole source files up to 100 kB.
     """
@@ -85,8 +85,9 @@ def _extract(kind: str) -> list[str]:
         documents = [path.read_bytes().decode("utf-8", "replace") for path in files
                      if path.stat().st_size <= 100_000 and _is_drawn(path)]
     else:
+        read = _paragraphs if kind == "prose" else _docstrings
         with ProcessPoolExecutor(os.cpu_count(), mp_context=_fork()) as pool:
-            found = list(pool.map(_docstrings, files, chunksize=32))
+            found = list(pool.map(read, files, chunksize=32))
         documents = _prose(found) if kind == "prose" else map("\n\n".join, found)
     unique = {hashlib.sha256(text.encode()).digest(): text
               for text in documents if len(text) >= 200}
@@ -100,20 +101,17 @@ def _is_drawn(path: Path) -> bool:
 
 
 def _prose(found: list[list[str]]) -> list[str]:
-    """The running text in `found`, in package descriptions and in Python's language reference."""
+    """`found` with the running text of package descriptions and of Python's language reference:
+    the paragraphs of each as one document, none twice."""
     from pydoc_data.topics import topics
     packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))
     descriptions = [path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
                     for path in packages]
-    documents, seen = [], set()
-    for strings in found + [[text] for text in descriptions + list(topics.values())]:
-        kept = []
-        for paragraph in re.split(r"\n\s*\n", "\n\n".join(strings)):
-            paragraph = " ".join(paragraph.split())
-            if _is_prose(paragraph) and (key := paragraph.lower()) not in seen:
-                seen.add(key)
-                kept.append(paragraph)
-        documents.append("\n\n".join(kept))
+    seen, documents = set(), []
+    for paragraphs in found + [running_text(text) for text in [*descriptions, *topics.values()]]:
+        new = {text.lower(): text for text in reversed(paragraphs) if text.lower() not in seen}
+        seen.update(new)
+        documents.append("\n\n".join(reversed(new.values())))
     return documents
 
 
@@ -133,7 +131,7 @@ def local_corpus(kind: str) -> Path:
         raise ParameterError([f"local:{kind} is not an embedded corpus; known: local:prose, local:code, "
                               "local:math."])
     files = _python_files(kind)
-    names = "extraction 1\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    names = "extraction 2\n" + "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
     cache = cache_folder()
     path = cache / f"{kind}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():

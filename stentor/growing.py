@@ -88,7 +88,7 @@ class GrowingStore(TokenStore):
         self.rolling, self.failed = rolling, failed
         self.planned = planned_shards(recipe, shard_tokens)
         self.names = list(self.planned)
-        self.per_shard = shard_tokens // recipe.block_size
+        self.per_shard = shard_tokens // recipe.stride
         self.entries, self.reading = {}, {}
         self._plan_rows()
         for name in self.names:
@@ -150,10 +150,10 @@ class GrowingStore(TokenStore):
                               "and its first shards are gone (rolling): lower token_budget or its "
                               "weight, or keep the shards.")
         tokens = np.memmap(path, dtype="<u2", mode="r")
-        blocks = len(tokens) // self.recipe.block_size
+        blocks = len(tokens) // self.recipe.stride
         place = self._shuffled(name, epoch, number, blocks)[index % self.per_shard % blocks]
-        start = int(place) * self.recipe.block_size
-        return tokens[start:start + self.recipe.block_size]
+        start = int(place) * self.recipe.stride
+        return tokens[start:start + self.recipe.stride]
 
     @functools.lru_cache(maxsize=64)
     def _shuffled(self, name: str, epoch: int, number: int, blocks: int) -> np.ndarray:

@@ -19,12 +19,14 @@ import torch
 
 from stentor.checkpoints import check_run
 from stentor.files import ParameterError, TrainingFailed, write_atomically
+from stentor.folders import load_model
 from stentor.growing import GrowingStore, fill_source, planned_shards
 from stentor.hub import is_hub_name
 from stentor.process import leave_with, own_command, own_environment, run_process
 from stentor.recipes import Recipe, cpu_has_bf16
 from stentor.secrets import secret_problems
 from stentor.session import hours_left
+from stentor.stages import StageStore
 from stentor.tokenizer import load_tokenizer, tokenizer_problem
 from stentor.tokens import TokenStore
 from stentor.train import train
@@ -39,13 +41,16 @@ STOP_SECONDS = 120    # what the stop button leaves for the step and its checkpo
 
 def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: int | None = None,
            deadline_hours: float | None = None, xla: str | None = None, fill: dict | None = None,
-           say=None) -> dict:
+           start=None, texts: dict | None = None, say=None) -> dict:
     """Train in a process of its own (several with torchrun), its log shown here.
 
     The process writes run.json and environment.json. num_processes: default one a GPU, or 1 on the
     CPU. xla: "TPU", or "CPU" for 8 virtual devices (CPU_NUM_DEVICES); one process serves them all,
     with PJRT_DEVICE set for it. fill: {"shard_tokens", "rolling", "ahead_shards"}: the store is a
-    GrowingStore, filled by one worker process a source while training runs.
+    GrowingStore, filled by one worker process a source while training runs. start: a folder of the
+    model to go on from, used as it is, in fp32, without the recipe's precision techniques; None:
+    a new one. texts: {name: token store}, whose held-out text every evaluation measures too.
+    Neither of these two goes with `xla` or `fill`.
     Stopping the notebook's cell stops the training after its step, saved. Returns summary.json's
     content; raises TrainingFailed with the last lines of the log.
     """
@@ -53,6 +58,8 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
     if problems := secret_problems(store_dir=str(store_dir), tokenizer_dir=str(tokenizer_dir),
                                    run_dir=str(run_dir), recipe=json.dumps(recipe.to_dict())):
         raise ParameterError(problems)
+    if (start or texts) and (xla or fill):
+        raise ParameterError(["start and texts go with neither xla nor fill: leave those out."])
     run_dir.mkdir(parents=True, exist_ok=True)
     places = {"store": store_dir, "tokenizer": tokenizer_dir}
     described = {"recipe": recipe.to_dict(),
@@ -60,6 +67,10 @@ def launch(recipe: Recipe, store_dir, tokenizer_dir, run_dir, *, num_processes: 
                  "were_at": {name: os.path.realpath(path) for name, path in places.items()
                              if not is_hub_name(path)},
                  "deadline_hours": deadline_hours, "fill": fill}
+    if start:
+        described["start"] = place_in(run_dir, start)
+    if texts:
+        described["texts"] = {name: place_in(run_dir, path) for name, path in texts.items()}
     num_processes = 1 if xla else num_processes or max(1, torch.cuda.device_count())
     # One clock for every process: imports and a restart count too.
     end = str(time.monotonic() + 3600 * deadline_hours) if deadline_hours else None
@@ -175,6 +186,12 @@ def train_from_file(path) -> dict:
     hours = hours_left(float(end)) if end else run.get("deadline_hours")
     go = functools.partial(train, recipe, run_dir=path.parent, tokenizer=tokenizer,
                            deadline_hours=hours, begin=functools.partial(describe_run, path))
+    if start := run.get("start"):
+        go.keywords["model"] = load_model(path.parent / start, dtype=torch.float32,
+                                          attn_implementation=recipe.attn_implementation)
+    if texts := run.get("texts"):
+        places = {name: path.parent / place for name, place in texts.items()}
+        return go(store=StageStore(store, recipe, places))
     if not fill:
         return go(store=TokenStore(store, recipe))
     with fill_while_training(path, recipe, fill["shard_tokens"]) as failed:

@@ -1,6 +1,7 @@
 """What the notebooks show of a run: tables and samples that more than one of them needs."""
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def write_samples(run_dir, model, tokenizer, prompts: list[str], *, seed: int) -
     write_atomically(Path(run_dir) / "samples.json", json.dumps(described, indent=1))
     for prompt, text in zip(prompts, texts):
         print(f"{prompt} >>>{text}\n")
+
+
+def show_source(function):
+    """The source of a function or class of the house, for the lesson that explains it."""
+    from IPython.display import Code
+    return Code(inspect.getsource(function), language="python")
 
 
 def summary_table(summary: dict, *also: str, **more):

@@ -5,17 +5,18 @@ import types
 
 import torch
 
+from stentor.stock import stock_classes
+
 
 def use_chunked_loss(model, compiled: bool = False) -> None:
-    """Let a LlamaForCausalLM (bare or inside peft) compute its training loss by
+    """Let a LlamaForCausalLM or Qwen3ForCausalLM (bare or inside peft) compute its training loss by
     ChunkedCrossEntropy; the same loss.
 
     Only the call is replaced, on this object: without labels, or in eval mode, it is the stock
     forward.
     """
-    from transformers import LlamaForCausalLM
     from transformers.modeling_outputs import CausalLMOutputWithPast
-    llama = next(module for module in model.modules() if isinstance(module, LlamaForCausalLM))
+    stock = next(m for m in model.modules() if isinstance(m, stock_classes("ForCausalLM")))
     rows_loss = torch.compile(softmax_gradient, dynamic=False) if compiled else softmax_gradient
 
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
@@ -32,7 +33,7 @@ def use_chunked_loss(model, compiled: bool = False) -> None:
             loss = ChunkedCrossEntropy.apply(hidden, self.lm_head.weight, targets, dtype, rows_loss)
         counted = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / counted)
-    llama.forward = types.MethodType(forward, llama)
+    stock.forward = types.MethodType(forward, stock)
 
 
 def compile_layers(model) -> None:
@@ -42,9 +43,8 @@ def compile_layers(model) -> None:
     Layer by layer, because all equal layers share one compilation: 12.3M's first three steps took
     38 s, not 67 s.
     """
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     for module in model.modules():
-        if isinstance(module, LlamaDecoderLayer):
+        if isinstance(module, stock_classes("DecoderLayer")):
             module.compile(dynamic=False)
 
 

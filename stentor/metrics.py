@@ -9,6 +9,21 @@ from pathlib import Path
 from stentor.files import remove_leftovers, write_atomically
 
 
+def read_metrics(path) -> list[dict]:
+    """Rows of a metrics.jsonl; a line cut short by a kill is skipped, [] without a file."""
+    path, rows = Path(path), []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if (isinstance(row, dict) and row.get("kind") in ("train", "eval")
+                and isinstance(row.get("step"), int)):
+            rows.append(row)
+    return rows
+
+
 class Metrics:
     """metrics.jsonl, and training_curves.csv (the cards' columns) made from it.
 

@@ -1,5 +1,5 @@
-"""The model: a stock LlamaForCausalLM with one of the cards' two initialisations, and sampling
-from it."""
+"""The model: a stock LlamaForCausalLM, or Qwen3ForCausalLM, freshly initialised; and sampling from
+it."""
 from __future__ import annotations
 
 import math
@@ -9,6 +9,7 @@ from torch import nn
 
 from stentor.files import ParameterError
 from stentor.shapes import Shape, count_parameters
+from stentor.stock import stock_classes
 from stentor.tokenizer import tokenizer_fit
 
 # Sampling, by the Stentor2-12M card.
@@ -18,42 +19,50 @@ GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "repetition_p
 def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal",
                 attn_implementation: str = "sdpa", eos_token_id: int | None = None,
                 bos_token_id: int | None = None):
-    """A freshly initialised transformers.LlamaForCausalLM of this shape, fp32, on the CPU. Same
-    seed, same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(
+    """A freshly initialised transformers.LlamaForCausalLM of this shape (with qk_norm a
+    Qwen3ForCausalLM), fp32, on the CPU. Same seed, same weights."""
+    config_class, model_class = (stock_classes(part)[shape.qk_norm]
+                                 for part in ("Config", "ForCausalLM"))
+    biases = {"attention_bias": False} | ({} if shape.qk_norm else {"mlp_bias": False})
+    config = config_class(
         vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_hidden_layers, num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads, head_dim=shape.head_dim,
         max_position_embeddings=shape.max_position_embeddings, rms_norm_eps=shape.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=shape.tie_word_embeddings, attention_bias=False, mlp_bias=False,
-        hidden_act="silu",
+        tie_word_embeddings=shape.tie_word_embeddings, hidden_act="silu", **biases,
         eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=eos_token_id,
         attn_implementation=attn_implementation)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = model_class(config)
     model.generation_config.update(**GENERATION)      # what its saved folder will tell its users
-    initialize_weights(model, residual_scaled=initialization == "residual_scaled")
+    initialize_weights(model, residual_scaled=initialization == "residual_scaled",
+                       zero_projections=initialization == "zero_projections")
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == count_parameters(shape), (total, count_parameters(shape))
     return model
 
 
-def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False) -> None:
+def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False,
+                       zero_projections: bool = False) -> None:
     """The cards' initialisation: Linear and Embedding normal(0, 0.02), RMSNorm 1.
 
-    residual_scaled (Stentor3 card, after GPT-2): o_proj and down_proj with std / sqrt(2 x layers),
-    0.00408 at 12 layers.
+    What writes to the residual stream, o_proj and down_proj, may differ: residual_scaled (Stentor3
+    card, after GPT-2) has std / sqrt(2 x layers) there, 0.00408 at 12 layers; zero_projections
+    (modded-nanogpt) 0: each layer begins as the identity.
     """
-    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
+    residual_std = std
+    if residual_scaled:
+        residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
+    if zero_projections:
+        residual_std = 0.0
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if name == "lm_head" and model.config.tie_word_embeddings:
                 continue                              # the embedding's own tensor
-            scaled = residual_scaled and name.endswith(("o_proj", "down_proj"))
-            nn.init.normal_(module.weight, 0.0, residual_std if scaled else std)
+            writes = name.endswith(("o_proj", "down_proj"))
+            nn.init.normal_(module.weight, 0.0, residual_std if writes else std)
         elif "rmsnorm" in type(module).__name__.lower():
             nn.init.ones_(module.weight)
 

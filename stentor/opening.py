@@ -7,17 +7,19 @@ import json
 from pathlib import Path
 from types import NoneType
 
+from stentor.alone import build_tokenizer, builds_alone, find_model, offline_problem
 from stentor.checkpoints import check_run, checkpoint_folders
-from stentor.files import CheckpointError, ParameterError
-from stentor.kaggle import adopt, how_to_go_on, is_finished, on_kaggle, stop_here
+from stentor.files import CheckpointError, ParameterError, write_atomically
+from stentor.hub import is_hub_name
+from stentor.kaggle import adopt, how_to_go_on, is_finished, room_problem, stop_here
 from stentor.launch import launch
 from stentor.parameters import (
     items, number, read_parameters, run_name, shown, split_names, string, writable_folder)
-from stentor.published import ALL_RECIPES, find_recipe
+from stentor.published import ALL_RECIPES, card_recipe, find_recipe
 from stentor.recipes import Recipe
 from stentor.session import (
-    absent_runs, find_outputs, find_profile, find_run, hours_left, session_end)
-from stentor.tokenizer import fit_to_tokenizer, open_tokenizer, save_tokenizer
+    absent_runs, any_run, find_outputs, find_profile, find_run, hours_left, session_end)
+from stentor.tokenizer import NoTokenizer, fit_to_tokenizer, open_tokenizer, save_tokenizer
 
 # Parameters that mean the same wherever they stand. What only one notebook has, or has otherwise,
 # is in its SPEC.
@@ -41,6 +43,8 @@ RULES = {
 }
 # Fields of a recipe that have a parameter of their own; all others come through OVERRIDES.
 _FIELDS = ("TOKEN_BUDGET", "LEARNING_RATE", "SEED", "TORCH_COMPILE", "ANNEAL_WEIGHTS")
+# What 03's rolling store keeps at most: of each of three sources 64 shards of 2^24 tokens ahead.
+ROLLING_TOKENS = 3 * 64 * 2**24
 _ELSEWHERE = {"tpu": "a TPU: 03_pretrain_tpu", "t4": "a GPU: 02_pretrain_t4"}
 
 
@@ -62,6 +66,7 @@ class OpenRun:
     recipe: Recipe | None = None              # as it will be trained, its tokenizer's size in it
     tokenizer_dir: Path | str | None = None   # where it is, or will be after `keep_tokenizer`
     tokenizer: object = None
+    report: dict | None = None                # of a tokenizer that was built here, as 01's report.json
 
     @property
     def dir(self) -> Path:
@@ -73,9 +78,12 @@ class OpenRun:
         return hours_left(self.deadline)
 
     def keep_tokenizer(self) -> None:
-        """Another run's tokenizer, or a released one, becomes this run's: a resume finds the same."""
+        """Another run's tokenizer, a released or a built one becomes this run's: a resume finds it."""
         if self.tokenizer_dir == self.dir / "tokenizer" and not self.tokenizer_dir.exists():
             save_tokenizer(self.tokenizer, self.tokenizer_dir)
+            if self.report:
+                path = self.tokenizer_dir / "report.json"
+                write_atomically(path, json.dumps(self.report, indent=1))
 
     def train(self, store_dir, **how) -> dict:
         """`launch` this run (`how` is for it) to its end: summary.json's content.
@@ -92,7 +100,8 @@ class OpenRun:
         return summary
 
 
-def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> OpenRun:
+def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "",
+             published: str | None = None, without_runs: bool = False) -> OpenRun:
     """Check a notebook's parameters and all that they name, before any work, creating nothing.
 
     On Kaggle one thing is done before that: what an attached input holds of this run, and this session
@@ -107,6 +116,11 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> Op
         parameters or fields of OpenRun; one that needs what is wrong already is left out.
     makes: the folder inside the run that the notebook writes to; None: it reads runs, which must be
         there, and hardware and deadline are no matter.
+    published: "hf:owner/name" that stands in for a model that nobody has trained or attached.
+    without_runs: with makes=None; where no run is found at all, names and dirs are empty.
+
+    A run that trains and has no tokenizer gets one: the released one, or, once nothing is wrong, one
+    built from its text; nothing is written yet (`keep_tokenizer`).
 
     Raises ParameterError with every problem. Without any, `namespace` gets the values in their rules'
     types: whole numbers written as floats are made int.
@@ -122,9 +136,14 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> Op
             for name in split_names(given["RUN"]):
                 problems += _take_over(find_run(find_outputs(given["OUTPUTS"]), name),
                                        leave=("tokens", "checkpoints"))
-        problems += _find_folders(run, given, makes)
+        problems += _find_folders(run, given, makes, published)
+        if problems and without_runs and not any_run(run.outputs, run.names):
+            print(f"RUN = {shown(given['RUN'])}: there is no run in {run.outputs}, and none is "
+                  "attached; what is published is taken alone.")
+            problems.pop()                            # the last one says that it is not there
+            run.names, run.dirs = [], []
     if "RECIPE" in given and run.profile:
-        run.published = ALL_RECIPES[given["RECIPE"]]
+        run.published = card_recipe(given["RECIPE"])
         run.recipe = find_recipe(given["RECIPE"], run.profile)
         if "TOKENIZER" in spec:
             problems += _prepare_training(run, given, spec)
@@ -135,11 +154,16 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "") -> Op
             problems += check(**{name: known[name] for name in needs})
     if problems:
         raise ParameterError(problems)
+    if run.tokenizer_dir and run.tokenizer is None:
+        print(f"TOKENIZER: there is no {run.tokenizer_dir}; one is built from the recipe's text, "
+              "as 01_tokenizer does it.", flush=True)
+        run.tokenizer, run.report = build_tokenizer(run.recipe, run.profile)
+        run.recipe = fit_to_tokenizer(run.recipe, run.tokenizer)
     namespace.update(given)
     return run
 
 
-def _find_folders(run: OpenRun, given: dict, makes: str | None) -> list[str]:
+def _find_folders(run: OpenRun, given: dict, makes: str | None, published) -> list[str]:
     """Where the run is; what is wrong with that, and with the model that it begins from."""
     run.outputs, run.names = find_outputs(given["OUTPUTS"]), split_names(given["RUN"])
     run.dirs = [find_run(run.outputs, name) for name in run.names]
@@ -149,11 +173,10 @@ def _find_folders(run: OpenRun, given: dict, makes: str | None) -> list[str]:
     wrong = writable_folder(run.dir / makes)
     problems = [f"OUTPUTS = {given['OUTPUTS']!r} {wrong}."] if wrong else []
     if "BASE" in given:
-        run.base_dir = Path(given["BASE"] or run.dir / "final")
-        if not (given["BASE"] or (run.base_dir / "config.json").is_file()):
-            attach = " and attach its output (Add Input > Your Work)" if on_kaggle() else ""
-            problems.append(f"BASE: there is no model in {run.base_dir}; run 02_pretrain_t4 for "
-                            f"RUN = {given['RUN']!r} first{attach}, or name a model.")
+        try:
+            run.base_dir = Path(find_model(run.dir, given["BASE"], published, what="BASE"))
+        except ParameterError as error:
+            problems += error.problems
     return problems
 
 
@@ -187,15 +210,34 @@ def _prepare_training(run: OpenRun, given: dict, spec: dict) -> list[str]:
     if changed and not problems:
         problems += _take_over(run.dir, recipe=run.recipe)
     try:
-        run.tokenizer_dir, run.tokenizer = open_tokenizer(given["TOKENIZER"], run.recipe, run.dir)
+        try:
+            run.tokenizer_dir, run.tokenizer = open_tokenizer(given["TOKENIZER"], run.recipe, run.dir)
+        except NoTokenizer:
+            if not builds_alone(run.recipe):
+                raise
+            run.tokenizer_dir = run.dir / "tokenizer"              # built when all else is right
         if changed:
-            run.recipe = fit_to_tokenizer(run.recipe, run.tokenizer)
+            if run.tokenizer:
+                run.recipe = fit_to_tokenizer(run.recipe, run.tokenizer)
+            problems += _surroundings(run, given)
             check_run(run.recipe, run.dir)
     except ParameterError as error:
         problems += error.problems
     except CheckpointError as error:
         problems.append(str(error))
     return problems
+
+
+def _surroundings(run: OpenRun, given: dict) -> list[str]:
+    """What is in the way of this recipe's work here: the hub out of reach, or too little room."""
+    from_hub = [source.path for source in run.recipe.sources
+                if source.weight > 0 and is_hub_name(source.path)]
+    rolling = given.get("ROLLING", False)
+    if rolling is None:
+        rolling = run.profile == "tpu"
+    wrong = [offline_problem(f"the text ({', '.join(from_hub)})") if from_hub else None,
+             room_problem(run.recipe, run.dir, store_tokens=ROLLING_TOKENS if rolling else None)]
+    return [sentence for sentence in wrong if sentence]
 
 
 def _changed_recipe(profile: str, given: dict) -> Recipe:

@@ -1,8 +1,8 @@
 """The precision recipe: the T4 / TPU stability techniques of the Stentor2 and Stentor3 cards, on a
-stock Llama.
+stock Llama, or Qwen3.
 
 Each one puts a forward() in front of a module's own class. Parameters and their names stay where
-they were, so state_dict, save_pretrained, deepcopy, DDP and resume see a stock Llama.
+they were, so state_dict, save_pretrained, deepcopy, DDP and resume see a stock model.
 """
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from stentor.stock import stock_classes
+
 
 def apply_precision_recipe(model, *, fp32_norms=False, fp32_critical_layers=(), int8_qat=False,
                            fp32_softmax=False) -> dict:
     """Switch the cards' precision techniques on, in place; return the number of modules each one
     changed, and notes.
 
-    model: LlamaForCausalLM with FP32 parameters, before DDP and torch.compile. torch.autocast
-    decides about the rest.
-    fp32_norms: every RMSNorm. fp32_critical_layers: indices of the layers run in FP32. int8_qat:
-    every linear of the other layers (7 each). fp32_softmax: every attention, if it is eager.
+    model: LlamaForCausalLM or Qwen3ForCausalLM with FP32 parameters, before DDP and torch.compile.
+    torch.autocast decides about the rest.
+    fp32_norms: every RMSNorm (QK-norms too: two more a layer). fp32_critical_layers: indices of
+    the layers run in FP32. int8_qat: every linear of the other layers (7 each). fp32_softmax:
+    every attention, if it is eager.
     On 12 layers the cards count                             INT8  norms  softmax
         Stentor2-12M-Preview  critical {0, 1, 9, 10, 11}       49     25       12
         Stentor2-12M          critical {0, 1}, SDPA             0     25        0
@@ -37,15 +40,14 @@ def apply_precision_recipe(model, *, fp32_norms=False, fp32_critical_layers=(), 
     Raises TypeError for another model class, ValueError for parameters that are not FP32 or layers
     that do not exist.
     """
-    from transformers.models.llama import modeling_llama as llama
     critical = set(fp32_critical_layers)
     _check(model, critical)
     layers, notes = model.model.layers, []
     norms = linears = softmaxes = 0
     if fp32_norms:
-        norms = _apply(FP32Norm, model.modules(), llama.LlamaRMSNorm)
+        norms = _apply(FP32Norm, model.modules(), stock_classes("RMSNorm"))
         notes.append(NORMS_NOTE)
-    _apply(FP32Layer, [layers[i] for i in critical], llama.LlamaDecoderLayer)
+    _apply(FP32Layer, [layers[i] for i in critical], stock_classes("DecoderLayer"))
     if int8_qat:
         ordinary = [m for i, layer in enumerate(layers) if i not in critical
                     for m in layer.modules()]
@@ -53,7 +55,7 @@ def apply_precision_recipe(model, *, fp32_norms=False, fp32_critical_layers=(), 
         notes.append(INT8_NOTE)
     attention = model.config._attn_implementation
     if fp32_softmax and attention == "eager":
-        softmaxes = _apply(FP32SoftmaxAttention, model.modules(), llama.LlamaAttention)
+        softmaxes = _apply(FP32SoftmaxAttention, model.modules(), stock_classes("Attention"))
         notes.append(SOFTMAX_NOTE)
     elif fp32_softmax:
         notes.append(NO_SOFTMAX_NOTE.format(attention=attention))
@@ -76,11 +78,10 @@ NO_SOFTMAX_NOTE = (
 
 
 def _check(model, critical: set[int]) -> None:
-    from transformers import LlamaForCausalLM
-    if not isinstance(model, LlamaForCausalLM):
+    if not isinstance(model, stock_classes("ForCausalLM")):
         raise TypeError(
-            f"The precision recipe is for a bare LlamaForCausalLM, not {type(model).__name__}; "
-            "apply it before DDP, PEFT or torch.compile wrap the model.")
+            f"The precision recipe is for a bare LlamaForCausalLM or Qwen3ForCausalLM, not "
+            f"{type(model).__name__}; apply it before DDP, PEFT or torch.compile wrap the model.")
     for name, p in model.named_parameters():
         if p.dtype != torch.float32:
             raise ValueError(
@@ -93,8 +94,9 @@ def _check(model, critical: set[int]) -> None:
                          f"{count - 1}.")
 
 
-def _apply(technique: type, modules, stock: type) -> int:
-    """Put `technique` in front of those of the modules that are of the class `stock`; how many."""
+def _apply(technique: type, modules, stock) -> int:
+    """Put `technique` in front of those of the modules that are of the class, or classes, `stock`;
+    how many."""
     found = [m for m in modules if isinstance(m, stock)]
     for m in found:
         m.__class__ = in_front_of(getattr(type(m), "stock", type(m)), technique)

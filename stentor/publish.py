@@ -6,27 +6,30 @@ import os
 from pathlib import Path
 
 from stentor.card.check import check_model_card
+from stentor.card.facts import Facts
 from stentor.files import ParameterError
 from stentor.secrets import secret_kinds, secret_values
 
 # What a model folder is made of.
-UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png"}
+UPLOADED = {".safetensors", ".json", ".md", ".txt", ".model", ".vocab", ".py", ".jinja", ".png",
+            ".gguf", ".onnx", ".onnx_data", ".tflite"}           # the last four: of 08's exports
 
 
-def publish(run_dir, repo_id: str, *, dry_run: bool = True, allow: tuple[str, ...] = (),
-            endpoint: str | None = None) -> list[str]:
-    """Upload run_dir/final to the private hub repository `repo_id`; with dry_run only say what
-    would be uploaded.
+def publish(run_dir, repo_id: str, *, of: str = "final", dry_run: bool = True,
+            allow: tuple[str, ...] = (), endpoint: str | None = None) -> list[str]:
+    """Upload a model of this run (`of`: as in write_model_card) to the private hub repository
+    `repo_id`; with dry_run only say what would be uploaded.
 
     Returns the lines to show: every file with its size, what is left out, what is wrong. The token
     comes from `find_token`. Raises ParameterError, before any upload, for a number in the card
     with no file (see check_model_card for `allow`), for anything that looks like a secret, for a
     missing token, and for a repository that is public already.
     """
-    folder = Path(run_dir) / "final"
+    folder = Path(run_dir) / Facts(run_dir, of).model
     files, left_out = upload_plan(folder)
     token = find_token()
-    problems = [f"the model card: {problem}" for problem in check_model_card(run_dir, allow=allow)]
+    problems = [f"the model card: {problem}"
+                for problem in check_model_card(run_dir, of=of, allow=allow)]
     problems += [f"a secret would be uploaded: {found}."
                  for found in find_secrets(files, (token,) if token else ())]
     total = sum(path.stat().st_size for path in files)

@@ -75,7 +75,7 @@ def draws_like(run_dir) -> list[dict]:
         try:
             run, summary = (json.loads((folder / name).read_text())
                             for name in ("run.json", "summary.json"))
-            recipe = run["recipe"]
+            recipe = Recipe.completed(run["recipe"])
             same = {key: value for key, value in recipe.items() if key not in free}
             draw = {key: summary[key] for key in FIGURES}
             return (json.dumps(same, sort_keys=True),

@@ -92,6 +92,12 @@ def run_problem(folder) -> str | None:
         return "holds no run: no log, no model, no scores; run notebook 02 or 03 first"
 
 
+def any_run(outputs, names: list[str] = ()) -> bool:
+    """Whether `outputs` holds a run, ours or a foreign one, or a folder of one of these names."""
+    return (any(find_run(outputs, name).is_dir() for name in names)
+            or any(not run_problem(path) for path in Path(outputs).glob("[!.]*")))
+
+
 def absent_runs(outputs, names: list[str]) -> str | None:
     """What is wrong with `names` as runs to read, with those that are there; or None."""
     folders = [find_run(outputs, name) for name in names]

@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+REPETITIVE = 1 / 3                                    # of `repetition`: from there a text goes round
 Z = NormalDist().inv_cdf(0.975)                       # half a 95% interval, in standard errors
 
 

@@ -23,6 +23,10 @@ TOKENIZER_FILES = ["*token*", "*.json", "*.jinja", "*.txt", "*.model", "*.vocab"
 STORE_ROWS = 1 << 16                                  # ids that fit the uint16 of a token store
 
 
+class NoTokenizer(ParameterError):
+    """A run has no tokenizer yet, and none was named: one may be built (`alone.build_tokenizer`)."""
+
+
 # What a tokenizer is: its rows, its hash, its ids.
 
 
@@ -172,7 +176,8 @@ def open_tokenizer(named: str | None, recipe: Recipe, run_dir):
     The one named, else run_dir/tokenizer, else the hub tokenizer that the recipe names, else one
     that 01 made for this recipe under another RUN, else the released vocabulary that the recipe
     names. The last two are for `save_tokenizer` to keep in run_dir/tokenizer, which is not there
-    yet: this creates nothing. Raises ParameterError, in one sentence.
+    yet: this creates nothing. Raises ParameterError, in one sentence; NoTokenizer where nothing is
+    wrong but that there is none.
     """
     own = Path(run_dir) / "tokenizer"
     if named or own.exists():
@@ -185,7 +190,8 @@ def open_tokenizer(named: str | None, recipe: Recipe, run_dir):
         print(f"TOKENIZER: there is no {own}; taken is {newest}, which 01 made for this recipe.")
         return own, _load_or_refuse(newest, recipe, own)
     if recipe.tokenizer in ("build", "bpe"):
-        return own, _load_or_refuse(own, recipe, own)
+        raise NoTokenizer([f"TOKENIZER = {str(own)!r} is not there; {_run_01(recipe, own)}, or name "
+                           "a tokenizer folder."])
     return own, _released(recipe, own)
 
 
@@ -195,9 +201,11 @@ def _released(recipe: Recipe, own: Path):
     try:
         vocabulary = Vocabulary.from_file(find_vocabulary(recipe.tokenizer))
     except (ValueError, OSError) as error:            # a ParameterError too
-        raise ParameterError([
+        refused = NoTokenizer if isinstance(error, ParameterError) else ParameterError
+        raise refused([
             f"TOKENIZER: there is no {own}, and {str(error).rstrip('.')}; run 01_tokenizer first, "
             "or switch internet on (Kaggle: Settings, Internet)."]) from None
+    print(f"TOKENIZER: there is no {own}; taken is {recipe.tokenizer}, the recipe's released one.")
     rows = recipe.shape.vocab_size
     if len(vocabulary) > rows - 2:
         vocabulary = vocabulary.resize(rows - 2)
@@ -212,12 +220,16 @@ def _load_or_refuse(where, recipe: Recipe, own: Path):
             return load_tokenizer(where)
     except Exception as error:                        # whatever the parsers make of a damaged file
         wrong = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    way = (f"run 01_tokenizer first (RUN = {own.parent.name!r}, "
-           f"RECIPE = {recipe.name.removesuffix('-cpu')!r})")
+    way = _run_01(recipe, own)
     if str(where).startswith("hf:"):
         way = "switch internet on (Kaggle: Settings, Internet)"
     raise ParameterError([
         f"TOKENIZER = {str(where)!r} {wrong}; {way}, or name a tokenizer folder."])
+
+
+def _run_01(recipe: Recipe, own: Path) -> str:
+    return (f"run 01_tokenizer first (RUN = {own.parent.name!r}, "
+            f"RECIPE = {recipe.name.removesuffix('-cpu')!r})")
 
 
 def _made_for(folder: Path, recipe: Recipe) -> bool:

@@ -66,7 +66,7 @@ class TokenStore:
                        for name in self.names}
         self.starts = {name: np.cumsum([0] + [shard.stat().st_size // 2 for shard in shards])
                        for name, shards in self.shards.items()}
-        self.blocks = {name: int(starts[-1]) // recipe.block_size
+        self.blocks = {name: int(starts[-1]) // recipe.stride
                        for name, starts in self.starts.items()}
         if short := [name for name, blocks in self.blocks.items() if blocks < 1]:
             self._forget(short)
@@ -109,11 +109,13 @@ class TokenStore:
         """The global batch of step `step` (0-based).
 
         input_ids and labels: int64 (total_batch_size, block_size), one tensor: the model shifts,
-        position t predicts t + 1 (the cards' packing).
+        position t predicts t + 1 (the cards' packing). With chunk_eos the last id of each is EOS.
         """
         rows = self.rows(step)
         ids = np.stack([self._block(self.names[source], int(index))
                         for source, index in zip(self.row_source[rows], self.row_index[rows])])
+        if self.recipe.chunk_eos:
+            ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=self.manifest["eos_token_id"])
         ids = torch.from_numpy(ids.astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 
@@ -124,8 +126,8 @@ class TokenStore:
 
     def _block(self, name: str, index: int) -> np.ndarray:
         epoch, place = divmod(index, self.blocks[name])
-        start = int(self._order(name, epoch)[place]) * self.recipe.block_size
-        return self._read(name, start, start + self.recipe.block_size)
+        start = int(self._order(name, epoch)[place]) * self.recipe.stride
+        return self._read(name, start, start + self.recipe.stride)
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         # Read, not mapped: each page fault of a map brings its neighbours, and 700 random rows of
@@ -145,7 +147,14 @@ class TokenStore:
         bytes: of the text in UTF-8. Evaluated in windows that overlap by one token, so each token
         is predicted exactly once and the summed loss divided by `bytes` is exact.
         """
-        entries = [self.manifest["sources"][name]["validation"] for name in self.names]
-        ids = [np.fromfile(self.folder / entry["file"], "<u2") for entry in entries]
-        eos = np.array([self.manifest["eos_token_id"]], "<u2")
-        return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)
+        return held_out_text(self.folder, self.manifest, self.names)
+
+
+def held_out_text(folder, manifest: dict | None = None, names=None) -> tuple[np.ndarray, int]:
+    """`TokenStore.validation` of any store, of the sources named; None: of all of them."""
+    manifest = manifest or json.loads((Path(folder) / "manifest.json").read_text())
+    sources = manifest["sources"]
+    entries = [sources[name]["validation"] for name in names or sources]
+    ids = [np.fromfile(Path(folder) / entry["file"], "<u2") for entry in entries]
+    eos = np.array([manifest["eos_token_id"]], "<u2")
+    return np.concatenate([eos, *ids]), sum(entry["bytes"] for entry in entries)

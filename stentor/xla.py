@@ -28,7 +28,7 @@ import torch_xla.runtime as xr
 from torch import nn
 
 from stentor.files import ParameterError
-from stentor.optimizers import parameter_groups
+from stentor.optimizers import make_optimizer, moments, optimizer_groups, set_learning_rate
 from stentor.precision import FP32Layer, Int8Linear, in_front_of
 
 
@@ -63,14 +63,10 @@ class XlaEngine:
 
     def problems(self, recipe) -> list[str]:
         """What in a recipe is not for XLA, one sentence each."""
-        problems = []
         if recipe.ema_decay:
-            problems.append(f"ema_decay = {recipe.ema_decay} is not for XLA: set it to None, or "
-                            "use a GPU or the CPU.")
-        if recipe.torch_compile:
-            problems.append("torch_compile = True is not for XLA, which compiles by itself: set it "
-                            "to False.")
-        return problems
+            return [f"ema_decay = {recipe.ema_decay} is not for XLA: set it to None, or use a GPU "
+                    "or the CPU."]
+        return []
 
     # The model
 
@@ -94,30 +90,28 @@ class XlaEngine:
 
     def on_cpu(self, model):
         """A stock copy in host memory, as it is saved."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-        config = LlamaConfig(**{**model.config.to_dict(), "attn_implementation": "sdpa"})
-        copy = LlamaForCausalLM(config)
+        config = type(model.config)(**{**model.config.to_dict(), "attn_implementation": "sdpa"})
+        copy = type(model)(config)
         copy.generation_config = model.generation_config
         copy.load_state_dict({key: value.cpu() for key, value in model.state_dict().items()})
         copy.tie_weights()
         return copy
 
     def optimizer(self, model, recipe, say=print):
-        """AdamW whose step count and learning rate are tensors on the device: no number that
-        changes is in the graph."""
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate,
-            eps=recipe.adam_epsilon, betas=(recipe.adam_beta1, recipe.adam_beta2),
+        """Torch's AdamW, or Muon beside it, whose step count and learning rate are tensors on the
+        device: no number that changes is in the graph."""
+        optimizer = make_optimizer(
+            recipe, optimizer_groups(model, recipe), self.device, say, self.mixed_precision,
             capturable=True, foreach=False)
         for group in optimizer.param_groups:
             for p in group["params"]:     # made now, or the first step would be another graph
                 optimizer.state[p] = {
-                    "step": torch.zeros(()).to(self.device),
-                    "exp_avg": torch.zeros(p.shape).to(self.device),
-                    "exp_avg_sq": torch.zeros(p.shape).to(self.device)}
+                    name: torch.zeros(() if name == "step" else p.shape).to(self.device)
+                    for name in moments(group)}
         return optimizer
 
     def prepare(self, model, torch_compile: bool = False):
+        """The model itself; torch_compile is no matter here, XLA compiles everything."""
         return model
 
     # The step
@@ -197,8 +191,8 @@ class XlaEngine:
             self.learning_rate = self.learning_rates.index_select(0, update)
             # at 0, torch's capturable AdamW divides 0 by 0
             tensors, rate = [], self.learning_rate[0].clamp(min=1e-20)
+            set_learning_rate(optimizer, rate)
             for group in optimizer.param_groups:
-                group["lr"] = rate
                 tensors += [t for p in group["params"] for t in (p, *optimizer.state[p].values())]
             before = [t.clone() for t in tensors]
             optimizer.step()

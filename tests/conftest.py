@@ -31,7 +31,8 @@ def chain(tmp_path_factory):
 
 
 def make_tiny(folder):
-    """A namespace: recipe (70k parameters, 24 steps), tokenizer, tokenizer_dir, store_dir, source; real English text."""
+    """A namespace: recipe (70k parameters, 24 steps), its tuned twin, tokenizer, tokenizer_dir, store_dir, source; real English
+    text."""
     from pydoc_data.topics import topics
 
     import stentor_utils as su
@@ -44,13 +45,15 @@ def make_tiny(folder):
     tokenizer = tm.TokenMonsterTokenizer.from_vocabulary(vocabulary)
     tokenizer.save_pretrained(folder / "tokenizer")
     source = su.Source("topics", str(folder / "topics.jsonl"))
-    recipe = dataclasses.replace(
-        su.RECIPES["stentor2-12m"].scaled_to("cpu"), name="tiny", sources=(source,), token_budget=24 * 8 * 64,
-        shape=su.Shape(len(tokenizer), 32, 64, 3, 2, 2, 64), block_size=64, per_device_train_batch_size=4,
-        gradient_accumulation_steps=2, eval_steps=8, best_eval_steps=8, logging_steps=4, max_eval_samples=4,
-        save_every_minutes=1000, mixed_precision="no", source_token_budget=None)
+    recipe, tuned = (dataclasses.replace(
+        base, name="tiny", sources=(source,), token_budget=24 * 8 * 64,
+        shape=su.Shape(len(tokenizer), 32, 64, 3, 2, 2, 64, qk_norm=base.shape.qk_norm), block_size=64,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, eval_steps=8, best_eval_steps=8, logging_steps=4,
+        max_eval_samples=4, save_every_minutes=1000, mixed_precision="no", source_token_budget=None,
+        torch_compile=False, attn_implementation="sdpa")
+        for base in (su.ALL_RECIPES[f"stentor2-12m{twin}"].scaled_to("cpu") for twin in ("", "-tuned-qk")))
     store_dir = su.prepare_tokens([source], tokenizer, folder / "tokens", tokens_per_source={"topics": 60_000},
                                   validation_documents=4, shard_tokens=20_000)
     from types import SimpleNamespace
-    return SimpleNamespace(recipe=recipe, tokenizer=tokenizer, tokenizer_dir=folder / "tokenizer", store_dir=store_dir,
-                           source=source, folder=folder)
+    return SimpleNamespace(recipe=recipe, tuned=tuned, tokenizer=tokenizer, tokenizer_dir=folder / "tokenizer",
+                           store_dir=store_dir, source=source, folder=folder)

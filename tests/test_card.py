@@ -17,7 +17,7 @@ from conftest import REPO
 import stentor.card.check
 import stentor.card.facts
 import stentor.card.limitations
-import stentor.card.sections
+import stentor.card.template
 import stentor.publish
 import stentor_utils as su
 
@@ -114,14 +114,14 @@ def test_every_single_number_is_guarded(run_dir):
         path.write_text(card[:digit] + str((int(card[digit]) + 1) % 10) + card[digit + 1:])
         found = stentor.card.check.check_model_card(run_dir)
         assert found and any(number.group() in problem for problem in found), number.group()
-    path.write_text(card.replace("before it knows anything", "and scores 97.3 of 100 on everything"))
+    path.write_text(card.replace("read the samples", "and scores 97.3 of 100 on everything"))
     problems = stentor.card.check.check_model_card(run_dir)
     assert len(problems) == 2 and all("no file accounts for it" in problem for problem in problems), problems
     assert stentor.card.check.check_model_card(run_dir, allow=("97.3", "100")) == []
     loss = f"{json.loads((run_dir / 'summary.json').read_text())['eval_loss']:.4f}"
     path.write_text(card.replace(f"| loss, nats per token | {loss} |", "| loss, nats per token | low |"))
     assert [p for p in stentor.card.check.check_model_card(run_dir) if f"{loss} in summary.json: eval_loss is missing" in p]
-    path.write_text(card.replace("before it knows", "before it truly knows"))
+    path.write_text(card.replace("read the samples", "do read the samples"))
     assert stentor.card.check.check_model_card(run_dir) == [], "prose may be edited"
 
 
@@ -150,8 +150,8 @@ def test_a_record_changed_together_with_the_card_is_noticed(run_dir):
 
 
 def test_a_number_typed_into_our_own_prose_is_refused(run_dir, monkeypatch):
-    sections = (*stentor.card.sections.SECTIONS, lambda facts: "It reaches 42.5% of GPT-2.")
-    monkeypatch.setattr(stentor.card.sections, "SECTIONS", sections)
+    sections = {"final": (*stentor.card.template.SECTIONS["final"], lambda facts: "It reaches 42.5% of GPT-2.")}
+    monkeypatch.setattr(stentor.card.template, "SECTIONS", sections)
     stentor.card.check.write_model_card(run_dir)
     problems = stentor.card.check.check_model_card(run_dir)
     assert [problem.split()[0] for problem in problems] == ["42.5%", "GPT-2."]
@@ -330,3 +330,131 @@ def test_no_model_no_card(tmp_path):
         su.write_model_card(tmp_path)
     assert stentor.card.check.check_model_card(tmp_path)[0].startswith("final/README.md or model_card.json cannot be read")
     assert Path(stentor.card.__file__).parents[2] == REPO
+
+
+def write_made(run_dir, of):
+    """The run's model as 04, 07 or 08 would leave it, with their files about it."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    recipe = json.loads((run_dir / "run.json").read_text())["recipe"]
+    share = {"hits": 3, "n": 12, **su.statistics.proportion(3, 12)}
+    folder = run_dir / of
+    if of == "instruct":
+        phases = [{"recipe": "better", "seed": seed, "phase": "main", "number": 1, "examples": 9, "steps": 4,
+                   "seconds": 30.5, "loss_before": 5.1, "loss_after": 4.9} for seed in (0, 1)]
+        metrics = "".join(json.dumps({"kind": "eval", "step": step, "loss": loss}) + "\n"
+                          for step, loss in ((0, 5.1), (4, 4.9)))
+        scores = {"35 prompts, greedy": {"benign helped": share, "degenerate": share, "stops by itself": share}}
+        answers = [{"decoding": "greedy", "kind": kind, "prompt": f"Why {n}?", "label": "help", "answer": f"Because {n} | it."}
+                   for n, kind in enumerate(("harmful", "benign"), 7)]
+        folder.mkdir()
+        (folder / "sft_summary.json").write_text(json.dumps({
+            "base": "final", "deliver": "better", "seeds": [0, 1], "profile": "cpu", "system": "Be kind to all 5.",
+            "phases": phases, "parameters": summary["parameters"], "trainable_parameters": 1234, "examples": 93,
+            "stopping": {"base": share}}))
+        (folder / "sft_metrics-better-phase1.jsonl").write_text(metrics)
+        (folder / "probe.json").write_text(json.dumps({"models": {
+            name: {"scores": scores, "answers": answers} for name in ("base", "better-0")}}))
+    elif of == "growth":
+        folder.mkdir()
+        texts = [{"after": n, "text of stage 1": 2.5 - n / 8, "text of stage 2": 2.75 - n / 8} for n in range(3)]
+        (folder / "curriculum.json").write_text(json.dumps({
+            "stages": [recipe, recipe], "summaries": [summary, summary], "bits_per_byte": texts}))
+        (folder / "payoff.json").write_text(json.dumps({"verdict": {"sentence": "grown reached it at 61% | no."}}))
+        (folder / "master_test.json").write_text(json.dumps({"summary": [
+            {"category": category, "model": "base 1", "on topic": share} for category in ("all", "maths")]}))
+        (folder / "stage1").mkdir()
+        shutil.copy(run_dir / "environment.json", folder / "stage1")
+    else:
+        folder.mkdir()
+        (folder / "export.json").write_text(json.dumps({"source": "final", "formats": [
+            {"format": "gguf q8_0", "file": "model-q8_0.gguf", "bytes": 1_234_567, "loss": 4.5678},
+            {"format": "onnx", "file": "onnx/model.onnx", "bytes": 7_654_321}]}))
+        (folder / "model-q8_0.gguf").write_bytes(b"GGUF")
+        return folder
+    shutil.copytree(run_dir / "final", folder / "final")
+    return folder / "final"
+
+
+@pytest.mark.parametrize("of", ["instruct", "growth", "export"])
+def test_what_was_made_of_a_model_has_a_card_and_a_dry_run_of_its_own(run_dir, of):
+    from huggingface_hub import ModelCard
+    before = (run_dir / "final" / "README.md").read_bytes()
+    folder = write_made(run_dir, of)
+    assert of in su.described_models(run_dir)
+    path = su.write_model_card(run_dir, of=of, base_model="me/base 1", authors=("A. 2",))
+    assert path == folder / "README.md" and (run_dir / "final" / "README.md").read_bytes() == before
+    assert su.check_model_card(run_dir, of=of) == []
+    card, data = path.read_text(), ModelCard.load(path).data.to_dict()
+    assert data["base_model"] == "me/base 1" and data["model_card_authors"] == ["A. 2"] and "stentor" in data["tags"]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for text in {"instruct": ["| main | 9 | 4 |", "Why 8?", "Because 7 | it.", "25.0% [", "1,234 trainable",
+                              "| training time | 30s |"],
+                 "growth": [f"{2 * summary['tokens']:,} tokens more", "| 2 | 2.2500 | 2.5000 |", "61% \\| no.",
+                            "| base 1 | 25.0% ["],
+                 "export": ["| gguf q8_0 | model-q8_0.gguf | 1,234,567 | 4.5678 |",
+                            "| onnx | onnx/model.onnx | 7,654,321 |"]}[of]:
+        assert text in card, text
+    for number in list(stentor.card.facts.NUMBER.finditer(card))[::9]:
+        digit = re.search(r"\d", number.group()).start() + number.start()
+        path.write_text(card[:digit] + str((int(card[digit]) + 1) % 10) + card[digit + 1:])
+        assert any(number.group() in problem for problem in su.check_model_card(run_dir, of=of)), number.group()
+    path.write_text(card)
+    lines = su.publish(run_dir, "me/made", of=of)
+    assert not [line for line in lines if line.startswith("wrong")] and any("README.md" in line for line in lines)
+    assert any(name in " ".join(lines) for name in ("model.safetensors", "model-q8_0.gguf"))
+    with pytest.raises(su.ParameterError, match="a card can be of"):
+        su.write_model_card(run_dir, of="finals")
+
+
+NEW_SECTIONS = ("Recommended settings", "Memory to run it", "Hardware, time, energy", "Comparable models")
+
+
+def test_a_changed_number_is_noticed_in_each_new_section(run_dir):
+    path = run_dir / "final" / "README.md"
+    card = path.read_text()
+    for title in NEW_SECTIONS:
+        start = card.index(f"## {title}")
+        for number in list(stentor.card.facts.NUMBER.finditer(card, start, card.index("\n## ", start)))[:3]:
+            digit = re.search(r"\d", number.group()).start() + number.start()
+            path.write_text(card[:digit] + str((int(card[digit]) + 1) % 10) + card[digit + 1:])
+            assert any(number.group() in problem for problem in su.check_model_card(run_dir)), (title, number.group())
+    for title in ("Intended uses", "Out of scope", "Risks and ethics"):
+        start = card.index(f"## {title}")
+        section = card[start:card.index("\n## ", start)]
+        assert len(section) > 300 and not stentor.card.facts.NUMBER.search(section), "written text, no figure typed"
+
+
+def test_memory_is_what_the_published_models_really_take():
+    """The true values of the cards' claims (spec to build, part 4), MB; and a model's own tensors."""
+    for name, precision, true in (("stentor2-12m-preview", "fp32", 49.2), ("stentor2-12m-preview", "fp16 or bf16", 24.6),
+                                  ("stentor3-20m", "fp32", 81.3), ("stentor3-20m", "fp16 or bf16", 40.6),
+                                  ("stentor3-20m", "8-bit", 22.9), ("stentor3-20m", "4-bit", 15.2),
+                                  ("stentor-12m", "8-bit", 18.3), ("stentor-12m", "4-bit", 15.8)):
+        assert su.weight_bytes(su.RECIPES[name].shape, precision) / 1e6 == pytest.approx(true, abs=0.07), (name, precision)
+    shape = su.RECIPES["stentor3-20m"].scaled_to("cpu").shape
+    model = su.build_model(shape)
+    tensors = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    assert sum(tensors.values()) == su.weight_bytes(shape, "fp32")
+    assert su.kv_cache_bytes(su.RECIPES["stentor3-20m"].shape, 4096, 4) / 1e6 == pytest.approx(25.2, abs=0.05)
+
+
+def test_the_card_praises_no_more_than_was_measured(run_dir):
+    """Noise is called noise, and a model worse than counting bytes is said to have learned nothing."""
+    opening = (run_dir / "final" / "README.md").read_text().split("## ")[0]
+    assert "What its own texts are like was not measured" in opening and "fluent" not in opening
+    share = {"share": 0.75, "low": 0.5, "high": 0.9}
+    (run_dir / "limitations.json").write_text(json.dumps({"n": 4, "repetitive": share, "replacement": share}))
+    (run_dir / "baseline.json").write_text('{"byte_bigram_bits_per_byte": 0.5}')
+    opening = su.write_model_card(run_dir).read_text().split("## ")[0]
+    assert "Most of what it writes is noise." in opening and "learned next to nothing" in opening
+    assert su.check_model_card(run_dir) == []
+
+
+def test_energy_and_carbon_are_estimates_with_their_assumptions_printed(run_dir):
+    su.write_model_card(run_dir, watts=140, grams_per_kwh=500)
+    card = (run_dir / "final" / "README.md").read_text()
+    seconds = json.loads((run_dir / "summary.json").read_text())["seconds"]
+    grams = float(re.search(r"carbon dioxide equivalent, estimated \| (\S+) g", card).group(1))
+    assert grams == pytest.approx(140 * seconds / 3.6e6 * 500, rel=0.01)
+    assert "no meter's reading" in card and "assumed\n500 g for a kWh (as given)" in card
+    assert "143 g for a kWh (what the Stentor-12M-Instruct card's 8 g" in su.write_model_card(run_dir).read_text()

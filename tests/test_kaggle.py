@@ -510,15 +510,15 @@ def test_links_are_made_from_the_address_of_the_repository(tmp_path, monkeypatch
 
 # Executed as Kaggle does: an empty working folder, inputs read-only, the repo not importable, nothing edited.
 
-def execute(built, name, working, tmp_path, **parameters):
+def execute(built, name, working, tmp_path, env=(), **parameters):
     """The executed notebook; raises what it raised."""
     working.mkdir(parents=True)
     code = ("import json, sys, papermill\n"
             "papermill.execute_notebook(sys.argv[1], sys.argv[2], cwd=sys.argv[3], progress_bar=False, kernel_name='python3',"
             " parameters=json.loads(sys.argv[4]), start_timeout=600, iopub_timeout=600)")
     done = subprocess.run([sys.executable, "-c", code, str(built / f"{name}.ipynb"), str(tmp_path / f"{working.name}.ipynb"),
-                           str(working), json.dumps(parameters)], cwd=working, env=alone(tmp_path), capture_output=True,
-                          text=True)
+                           str(working), json.dumps(parameters)], cwd=working,
+                          env=alone(tmp_path, **dict(env)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((tmp_path / f"{working.name}.ipynb").read_text())
 
@@ -549,12 +549,50 @@ def test_the_built_notebooks_pass_their_outputs_on(chain, built, tmp_path):
     assert list(last.glob("*/final/config.json"))
 
 
+NEED_A_MODEL = ("04_instruct_sft", "05_benchmark")
+
+
 @SLOW
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {*NEED_A_MODEL}))
 def test_each_built_notebook_runs_with_nothing_attached(name, built, tmp_path):
-    """Or says in one sentence what to attach: 04 and 05 cannot do without a model, and here is no hub."""
-    if name in ("04_instruct_sft", "05_benchmark"):
-        with pytest.raises(AssertionError, match="(?s)attach|Add Input"):
-            execute(built, name, tmp_path / "working", tmp_path, PROFILE="cpu", **SMALL[name])
-    else:
-        execute(built, name, tmp_path / "working", tmp_path, PROFILE="cpu", **SMALL[name])
+    done = execute(built, name, tmp_path / "working", tmp_path, PROFILE="cpu", **SMALL.get(name, {}))
+    said = shown(done)
+    outputs = tmp_path / "working" / "outputs"
+    if "pretrain" in name:
+        run, = outputs.iterdir()
+        assert "one is built from the recipe's text" in said and (run / "final" / "config.json").is_file()
+        assert json.loads((run / "tokenizer" / "report.json").read_text())["vocab_size"] == 4096
+    if name == "06_charts":
+        assert "what is published is taken alone" in said
+        assert (outputs / "published" / "charts" / "published.png").stat().st_size > 5_000
+
+
+def shown(notebook):
+    """All that a notebook printed."""
+    return "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize("name", NEED_A_MODEL)
+def test_without_a_model_and_without_internet_a_notebook_says_what_to_attach(name, built, tmp_path):
+    with pytest.raises(AssertionError, match="there is no model in .*attach the output of .*Add Input > Your Work"):
+        execute(built, name, tmp_path / "working", tmp_path, PROFILE="cpu")
+    assert not (tmp_path / "working" / "outputs").exists()
+
+
+@SLOW
+@pytest.mark.parametrize("name", NEED_A_MODEL)
+def test_without_a_model_the_published_one_is_taken(name, built, tiny, tmp_path):
+    """From a loopback hub, at the address that the card prints."""
+    from hub_server import HubServer
+    shape = dataclasses.replace(tiny.recipe.shape, max_position_embeddings=256)
+    su.save_model_folder(su.build_model(shape), tiny.tokenizer, tmp_path / "model")
+    content = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with HubServer() as hub:
+        for repo in ("StentorLabs/Stentor-12M", "StentorLabs/Stentor2-12M"):
+            hub.commit(repo, content)
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        done = execute(built, name, tmp_path / "working", tmp_path, env, PROFILE="cpu", **SMALL[name])
+    repo = "StentorLabs/Stentor-12M" if name == "04_instruct_sft" else "StentorLabs/Stentor2-12M"
+    assert f"taken is {repo}, the published model" in shown(done)
+    made = {"04_instruct_sft": "instruct/final/config.json", "05_benchmark": "benchmark/results.csv"}[name]
+    assert (tmp_path / "working" / "outputs" / "demo" / made).is_file()

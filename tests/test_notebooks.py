@@ -11,8 +11,14 @@ import pytest
 import stentor.notebooks
 from conftest import REPO
 
+import stentor_utils as su
+
 CHAIN = ["01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"]
 CANARIES = {name: f"canary-{name}-Canary7Canary7" for name in ("HF_TOKEN", "KAGGLE_KEY", "WANDB_API_KEY", "AWS_SECRET_KEY")}
+
+
+RECIPE = su.find_recipe("stentor2-12m-tuned-qk", "cpu", {"token_budget": 1_000_000})       # of the chain: 02's default
+SIZE, STEPS = su.count_parameters(RECIPE.shape), RECIPE.total_steps
 
 
 def run(*parameters, notebooks=CHAIN, **env):
@@ -31,8 +37,8 @@ def make_chain(outputs):
 
 def test_the_terminal_shows_progress_and_a_summary(chain):
     folder, shown = chain
-    assert len(re.findall(r"step +\d+/245 \| loss [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s \| .* left", shown)) >= 9
-    tail = shown[shown.rindex("stentor2-12m-cpu:"):]
+    assert len(re.findall(rf"step +\d+/{STEPS} \| loss [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s \| .* left", shown)) >= 9
+    tail = shown[shown.rindex(f"{RECIPE.name}:"):]
     for part in ("parameters", "tokens seen", "tokens/s", "eval loss", "perplexity", "bits per byte", ">>>", "charts", "model"):
         assert part in tail, part
     assert tail.count(">>>") == 3
@@ -45,7 +51,7 @@ def test_the_model_learned_and_beats_the_bigram(chain):
     losses = [row["loss"] for row in map(json.loads, open(folder / "metrics.jsonl")) if row["kind"] == "train"]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 1
     assert summary["bits_per_byte"] < bigram - 1      # after 1M tokens; a full `make run` ends about 2 below
-    assert summary["parameters"] == 1_377_408 and summary["tokens"] == 245 * 4096
+    assert summary["parameters"] == SIZE == 1_377_920 and summary["tokens"] == RECIPE.total_tokens
 
 
 def test_the_model_folder_loads_through_auto_classes(chain, tmp_path):
@@ -66,7 +72,7 @@ def test_instruct_tuning_made_a_model_that_stops_and_a_probe_with_a_label_for_ev
     folder, shown = chain[0] / "instruct", chain[1]
     summary = json.loads((folder / "sft_summary.json").read_text())
     # rank 32 on 4 layers: four projections h x h and three h x 3h, with h = 128
-    assert summary["parameters"] == 1_377_408 and summary["trainable_parameters"] == 4 * 32 * (4 * 2 * 128 + 3 * 4 * 128)
+    assert summary["parameters"] == SIZE and summary["trainable_parameters"] == 4 * 32 * (4 * 2 * 128 + 3 * 4 * 128)
     assert summary["merge_error"] < 1e-4 and len(summary["phases"]) == 10
     assert {row["recipe"] for row in summary["phases"]} == {"card", "better"}
     # A base of 1M tokens (loss 6.8) moves little: of ten phases one was seen to rise by 0.02. In `make run` all thirty fall.
@@ -147,9 +153,10 @@ def test_the_model_card_is_there_and_every_number_in_it_has_a_file(chain):
     assert stentor.card.check.check_model_card(folder) == []
     card = (folder / "final" / "README.md").read_text()
     summary = json.loads((folder / "summary.json").read_text())
-    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", "1,377,408 parameters",
+    for text in (f"| perplexity | {summary['perplexity']:,.2f} |", f"{SIZE:,} parameters", "Qwen3ForCausalLM",
                  "8 continuations of 16 held-out tokens",
-                 "![loss](charts/loss.png)", "| **learning_rate** | 0.004 | 0.0008 |"):
+                 "![loss](charts/loss.png)", f"| **learning_rate** | {RECIPE.learning_rate:g} | 0.0008 |",
+                 "| **optimizer** | muon |"):
         assert text in card, text
     assert (folder / "final/charts/loss.png").read_bytes() == (folder / "charts/loss.png").read_bytes()
     executed = (folder / "notebooks" / "06_charts.ipynb").read_text()
@@ -162,7 +169,8 @@ def test_running_again_keeps_the_finished_model(chain):
     folder, _ = chain
     before = (folder / "final" / "model.safetensors").read_bytes()
     done = run(f"OUTPUTS={folder.parent}", "RUN=chain", "TOKEN_BUDGET=1000000", notebooks=["02_pretrain_t4"])
-    assert done.returncode == 0 and "going on from step 245 of 245" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"going on from step {STEPS} of {STEPS}" in done.stdout
     assert (folder / "final" / "model.safetensors").read_bytes() == before
 
 
@@ -182,7 +190,7 @@ def tpu_run(chain):
     """03 with its CPU twin on the CPU engine, with the chain's tokenizer; XLA with 8 virtual devices: make tpu-test."""
     folder, _ = chain
     done = run(f"OUTPUTS={folder.parent}", "RUN=tpu", f"TOKENIZER={folder / 'tokenizer'}", "TOKEN_BUDGET=200000",
-               "OVERRIDES={'max_eval_samples': 20}", notebooks=["03_pretrain_tpu"])
+               "OVERRIDES={'max_eval_samples': 20, 'torch_compile': False}", notebooks=["03_pretrain_tpu"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder.parent / "tpu", done.stdout
 
@@ -199,11 +207,63 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
         assert list(table[f"{part}, realised"].values()) == pytest.approx(planned, abs=0.02)      # 117 sequences in the anneal
     assert len(mixture["wait_seconds"]) == len(losses) and "predicted feed" in shown and "304,000" in shown
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["precision"]["fp32_norm_modules"] == 9 and summary["precision"]["fp32_critical_layers"] == 2
-    assert summary["tokens"] == 49 * 4096 and (folder / "final" / "model.safetensors").exists()
+    recipe = su.find_recipe("stentor3-20m-tuned-qk", "cpu", {"token_budget": 200_000})
+    assert summary["recipe"] == recipe.name and summary["optimizer"] == "stentor.MuonAdamW"
+    assert summary["tokens"] == recipe.total_tokens and (folder / "final" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def growth(tmp_path_factory):
+    """07 in an empty folder: no base, so a small one is trained first. (run folder/growth, what the terminal showed)."""
+    outputs = tmp_path_factory.mktemp("growth")
+    done = run(f"OUTPUTS={outputs}", "RUN=grown", "TOKEN_BUDGET=10000", "TRIAL_TOKENS=6000", "SEEDS=[42]", "FRAGMENTS=1",
+               "OVERRIDES={'max_eval_samples': 1}", notebooks=["07_growth"], **CANARIES)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())
+    return outputs / "grown" / "growth", done.stdout
+
+
+def test_07_keeps_the_function_and_trains_three_stages_from_it(growth):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, shown = growth
+    base = AutoModelForCausalLM.from_pretrained(folder / "trial" / "base-42" / "final")
+    grown = AutoModelForCausalLM.from_pretrained(folder / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    ids = tokenizer("The function returns a list of names.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        before, after = base(ids).logits, grown(ids).logits
+    assert (before - after).abs().max() <= 1e-5 * before.abs().max()
+    assert grown.config.hidden_size == 2 * base.config.hidden_size
+    assert grown.config.num_hidden_layers > base.config.num_hidden_layers
+    final = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert final.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+    assert not torch.equal(final.lm_head.weight, grown.lm_head.weight)
+    curriculum = json.loads((folder / "curriculum.json").read_text())
+    assert [stage["sources"][0]["path"] for stage in curriculum["stages"]] == ["local:prose", "local:code", "local:math"]
+    assert all(stage["chunk_eos"] for stage in curriculum["stages"]) and len(curriculum["bits_per_byte"]) == 4
+    tokens = [summary["tokens"] for summary in curriculum["summaries"]]
+    assert all(tokens) and all(summary["stopped"] is None for summary in curriculum["summaries"])
+    assert "1,536 fewer" in shown and "26.1% of them copied" in shown
+
+
+def test_07_says_whether_growing_pays_and_logs_the_master_test(growth):
+    folder, shown = growth
+    payoff = json.loads((folder / "payoff.json").read_text())
+    assert set(payoff["runs"]) == {"base", "grown 60%", "grown 100%", "copied", "scratch"} and payoff["machine"]["cpu_count"]
+    assert payoff["verdict"]["sentence"] in shown
+    log = json.loads((folder / "master_test.json").read_text())["log"]
+    assert len(log) == 2 * 10 and {row["model"] for row in log} == {"base", "grown and trained"}
+    assert all({"prompt", "text", "temperature", "max_new_tokens", "degenerate"} <= set(row) for row in log)
+    executed = (folder.parent / "notebooks" / "07_growth.ipynb").read_text()
+    assert "plausible but imprecise" in executed and "growing pay" in executed        # the card's words; the last table
+    for name in ("matrices", "forgetting", "payoff"):
+        assert (folder / "charts" / f"{name}.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("notebook, given, expected", [
+    ("07_growth", ["MODEL={folder}", "OVERRIDES={'sources': []}", "SEEDS=[]"],
+     ["is not a model", "OVERRIDES: 'sources'", "SEEDS = []"]),
     ("03_pretrain_tpu", ["WEIGHTS=[1, 2]", "XLA=CPU", "TOKENIZER={folder}"],
      ["WEIGHTS has 2 shares", "needs torch_xla", "TOKENIZER"]),
     ("05_benchmark", ["LOCAL_TASKS=['{folder}/tasks.jsonl', None]", "PEERS={'untrained': ''}", "MODEL=/no/such/model"],

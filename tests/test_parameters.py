@@ -147,10 +147,12 @@ def test_a_refused_notebook_leaves_nothing_behind(notebook, tmp_path):
 @pytest.mark.parametrize("run, said", [("empty", "holds no run"), ("..", "plain name"), ("gone", "is not in")])
 def test_charts_are_drawn_of_runs_only(run, said, tmp_path):
     (tmp_path / "empty" / "notebooks").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "metrics.jsonl").write_text("")
     done = subprocess.run([sys.executable, "-m", "stentor_utils", "run", "06_charts", "-p", f"RUN={run}",
                            f"OUTPUTS={tmp_path}"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) < 6, done.stderr
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "notebooks"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "metrics.jsonl", "notebooks", "there"]
 
 
 # --- the session
@@ -342,7 +344,7 @@ def test_a_base_model_or_the_runs_to_read_must_be_there(tmp_path):
 def test_a_notebooks_spec_names_its_parameters_and_no_other(path, monkeypatch):
     specs, needed = [], set()
 
-    def open_run(namespace, spec, *checks, makes=""):
+    def open_run(namespace, spec, *checks, **how):
         specs.append(spec)
         needed.update(*(inspect.signature(check).parameters for check in checks))
     monkeypatch.setattr(su, "open_run", open_run)

@@ -104,6 +104,25 @@ def test_counts_of_the_cards(attention, options, counts):
     assert {k: v.data_ptr() for k, v in model.state_dict().items()} == before
 
 
+@pytest.mark.parametrize(("attention", "int8"), [("eager", True), ("sdpa", False)])
+def test_a_qwen3_gets_every_technique_and_stays_stock(attention, int8, tmp_path):
+    """QK-norm's two a layer are norms too. Logits of the saved folder, read by transformers alone, are the technique-free
+    model's; those under the techniques come near the FP32 ones in training."""
+    shape = su.Shape(96, 64, 128, 3, 4, 2, 64, qk_norm=True)
+    model, stock = (su.build_model(shape, seed=2, attn_implementation=attention) for _ in range(2))
+    report = su.apply_precision_recipe(model, fp32_norms=True, fp32_critical_layers={0}, int8_qat=int8, fp32_softmax=True)
+    counts = tuple(report[f"{name}_modules"] for name in ("fp32_norm", "int8_linear", "fp32_softmax"))
+    assert counts == (3 * 4 + 1, 14 if int8 else 0, 3 if attention == "eager" else 0) and report["fp32_critical_layers"] == 1
+    assert isinstance(model.model.layers[0], stentor.precision.FP32Layer)
+    ids = tokens()
+    (loss, gradients), (wanted, _) = loss_and_gradients(model.train(), ids), loss_and_gradients(stock.train(), ids)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-2) and all(g.isfinite().all() for g in gradients)
+    su.save_model_folder(model, None, tmp_path / "final")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert type(saved).__name__ == "Qwen3ForCausalLM" and saved.state_dict().keys() == stock.state_dict().keys()
+    assert torch.allclose(saved.eval()(ids).logits, stock.eval()(ids).logits, atol=1e-5)
+
+
 def everything(model):
     return su.apply_precision_recipe(
         model,

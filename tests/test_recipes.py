@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import stentor_utils as su
+from stentor.checkpoints import fingerprint_differences, recipe_fingerprint
 from stentor.recipes import DRAW, RESUME
 from stentor.rules import free_fields
+from stentor.tuning import tuned_rates
 
 R = su.RECIPES
 
@@ -81,14 +83,17 @@ def test_repaired_twins_reach_the_end_of_their_schedule():
 
 
 def test_learning_rate_equals_transformers_schedules():
-    from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
+    from transformers import (
+        get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule)
     recipe = dataclasses.replace(
         R["stentor2-12m"], max_train_steps=200, warmup_ratio=0.1, stable_ratio=0.6)
-    for kind in ("cosine", "warmup_stable_decay"):
+    for kind in ("cosine", "linear", "warmup_stable_decay"):
         recipe = dataclasses.replace(recipe, lr_scheduler_type=kind)
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
         if kind == "cosine":
             schedule = get_cosine_schedule_with_warmup(optimizer, 20, 200)
+        elif kind == "linear":
+            schedule = get_linear_schedule_with_warmup(optimizer, 20, 200)
         else:
             schedule = get_wsd_schedule(optimizer, num_warmup_steps=20, num_stable_steps=120,
                                         num_decay_steps=60, decay_type="linear")
@@ -99,12 +104,58 @@ def test_learning_rate_equals_transformers_schedules():
             schedule.step()
 
 
-@pytest.mark.parametrize("name", R)
+@pytest.mark.parametrize("name", su.ALL_RECIPES)
 def test_recipes_are_sound_and_survive_json(name):
-    for recipe in (R[name], R[name].scaled_to("cpu")):
-        assert recipe.problems() == []
-        assert su.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    assert 1e6 < su.count_parameters(R[name].scaled_to("cpu").shape) < 2e6
+    recipe, twin = su.ALL_RECIPES[name], su.ALL_RECIPES[name].scaled_to("cpu")
+    for one in (recipe, twin):
+        assert one.problems() == []
+        assert su.Recipe.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert 1e6 < su.count_parameters(twin.shape) < 2e6
+
+
+def test_tuned_twins_are_the_cards_models_on_the_cards_data():
+    """Same parameters (QK-norm: two vectors of head_dim a layer more), data, budget and batch; the
+    rate reaches 0 at the end; what differs is what `difference` prints."""
+    assert len(su.TUNED) == 2 * 9 and not any("instruct" in name for name in su.TUNED)
+    for name, tuned in su.TUNED.items():
+        card = su.card_recipe(name)
+        assert card is R[name.removesuffix("-qk").removesuffix("-tuned")]
+        more = 2 * card.shape.head_dim * card.shape.num_hidden_layers if name.endswith("-qk") else 0
+        assert su.count_parameters(tuned.shape) == su.count_parameters(card.shape) + more
+        for field in ("tokenizer", "sources", "anneal_weights", "token_budget", "total_batch_size",
+                      "block_size", "source_token_budget", "total_tokens"):
+            assert getattr(tuned, field) == getattr(card, field), field
+        assert tuned.learning_rate_at(tuned.total_steps) == 0
+        fields = {field for field, _, _ in tuned.difference(card)}
+        assert {"name", "optimizer", "matrix_learning_rate", "lr_scheduler_type"} <= fields
+        assert ("shape.qk_norm" in fields) == name.endswith("-qk")
+
+
+def test_tuned_rates_follow_the_width_alone():
+    """Swept at 128; the update's spectral norm, 0.2 sqrt(width) x rate, is the same at every width,
+    so four times as wide is half the rate."""
+    at = {width: tuned_rates(su.Shape(4096, width, 3 * width, 4, 2, 2)) for width in (64, 128, 512)}
+    for name in ("learning_rate", "matrix_learning_rate"):
+        assert at[512][name] == pytest.approx(at[128][name] / 2, rel=5e-3)
+        assert at[64][name] == pytest.approx(at[128][name] * 2**0.5, rel=5e-3)
+    for recipe in (*su.TUNED.values(), su.find_recipe("stentor3-20m-tuned", "cpu")):
+        assert tuned_rates(recipe.shape).items() <= vars(recipe).items()
+
+
+def test_a_run_of_before_a_field_was_there_is_still_the_same():
+    """A checkpoint's fingerprint, or a run.json, without the fields that came later, is that of the
+    recipe with their defaults, and not that of one which sets them."""
+    recipe = R["stentor2-12m"]
+    old = recipe_fingerprint(recipe)
+    for field in ("matrix_learning_rate", "muon_momentum"):
+        del old[field]
+    del old["shape"]["qk_norm"]
+    completed = su.Recipe.completed(old)
+    assert not fingerprint_differences(
+        {key: completed[key] for key in recipe_fingerprint(recipe)}, recipe_fingerprint(recipe))
+    qk = dataclasses.replace(recipe, shape=dataclasses.replace(recipe.shape, qk_norm=True))
+    assert [line.split()[0] for line in fingerprint_differences(
+        {key: completed[key] for key in recipe_fingerprint(qk)}, recipe_fingerprint(qk))] == ["shape"]
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything_starts(monkeypatch):
@@ -139,6 +190,19 @@ def test_plain_initialisation_is_002_everywhere():
             assert torch.equal(parameter, torch.ones_like(parameter))
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.03), name
+
+
+def test_zero_projections_make_each_layer_the_identity():
+    shape = su.Shape(512, 64, 192, 2, 2, 2, qk_norm=True)
+    model = su.build_model(shape, initialization="zero_projections")
+    x = torch.randn(1, 5, 64)
+    places = model.model.rotary_emb(x, torch.arange(5)[None])
+    for layer in model.model.layers:
+        out = layer(x, position_embeddings=places)
+        assert torch.equal(out[0] if isinstance(out, tuple) else out, x)
+    plain = su.build_model(shape)
+    assert torch.equal(plain.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert plain.model.layers[0].self_attn.o_proj.weight.std() > 0.01
 
 
 def test_weight_decay_reaches_linear_weights_only():

@@ -39,9 +39,9 @@ def quiet(text):
 @pytest.fixture(scope="module")
 def micro(tiny):
     """The smallest recipe that still does everything, for tests that train many times: 16 steps,
-    EMA, one layer."""
-    shape = su.Shape(tiny.recipe.shape.vocab_size, 8, 8, 1, 1, 1, 16)
-    return dataclasses.replace(tiny.recipe, name="micro", shape=shape, block_size=16, token_budget=16 * 4 * 16, ema_decay=0.9,
+    EMA, Muon and QK-norm, one layer."""
+    shape = su.Shape(tiny.recipe.shape.vocab_size, 8, 8, 1, 1, 1, 16, qk_norm=True)
+    return dataclasses.replace(tiny.tuned, name="micro", shape=shape, block_size=16, token_budget=16 * 4 * 16, ema_decay=0.9,
                                per_device_train_batch_size=2, fp32_critical_first=0, eval_steps=4, best_eval_steps=4,
                                logging_steps=2)
 
@@ -712,10 +712,13 @@ def test_200_bad_configurations_are_listed_whole():
     bad = {**{name: [0, -1, 2.5, nan, "8", None, True] for name in counts},
            **{name: [0, -1e-9, nan, float("inf"), "1e-3", None] for name in ("learning_rate", "max_grad_norm", "rope_theta",
                                                                              "adam_epsilon", "rms_norm_eps")},
-           **{name: [-0.01, 1.01, nan, "half"] for name in ("warmup_ratio", "stable_ratio", "adam_beta1", "adam_beta2")},
-           **{name: ["yes", 1, None] for name in ("int8_qat", "fp32_norms", "tie_word_embeddings", "gradient_checkpointing")},
+           **{name: [-0.01, 1.01, nan, "half"] for name in ("warmup_ratio", "stable_ratio", "adam_beta1", "adam_beta2",
+                                                                 "muon_momentum")},
+           **{name: ["yes", 1, None] for name in ("int8_qat", "fp32_norms", "tie_word_embeddings", "qk_norm",
+                                                     "gradient_checkpointing")},
            **{name: ["adam", 3, None] for name in ("lr_scheduler_type", "mixed_precision", "initialization", "budget_check")},
            "weight_decay": [-1, 11, nan], "seed": [-1, 1.5, 2**40, None], "max_train_steps": [0, -3, "all"],
+           "matrix_learning_rate": [0, -1, nan, "x"], "optimizer": ["adamw", 1],
            "ema_decay": [1, -1], "fp32_critical_first": [-1, 1.5], "best_eval_start_step": [-1, 0.5],
            "source_token_budget": [0, 1.5], "learning_rte": [1], "blocksize": [1]}
     began = time.process_time()

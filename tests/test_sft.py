@@ -18,6 +18,7 @@ from hub_server import HubServer
 from notebook_functions import load_functions
 
 import stentor.checkpoints
+import stentor.alone
 import stentor.optimizers
 import stentor_utils as su
 
@@ -583,12 +584,16 @@ def test_a_missing_package_is_fetched_on_kaggle_alone_and_without_what_it_depend
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_TARGET": str(site)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert F["bring"]("torch") and not F["bring"]("stentor_test_package") and not list(site.iterdir())
+    monkeypatch.setattr(stentor.alone, "internet", lambda: True)                # PIP_FIND_LINKS is all there is of it
+    assert su.bring("torch", "stentor-test-package==1.0") == ["stentor_test_package"] and not list(site.iterdir())
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert F["bring"]("stentor_test_package")
+    monkeypatch.setattr(stentor.alone, "internet", lambda: False)
+    assert su.bring("stentor-test-package==1.0") == ["stentor_test_package"] and not list(site.iterdir())
+    monkeypatch.setattr(stentor.alone, "internet", lambda: True)
+    assert su.bring("stentor-test-package==1.0") == []
     assert sorted(path.name for path in site.iterdir() if path.suffix != ".dist-info" and "cache" not in path.name) == [
         "stentor_test_package.py"]
-    assert not F["bring"]("stentor_test_package_that_is_nowhere")
+    assert su.bring("stentor_test_package_that_is_nowhere") == ["stentor_test_package_that_is_nowhere"]
 
 
 def test_without_bitsandbytes_adamw_stands_in_and_says_so(tiny, monkeypatch):

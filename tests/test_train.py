@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,12 @@ def same_run(a: Path, b: Path) -> None:
     for state in states:
         del state["seconds"]
     assert states[0] == states[1]
+
+
+@pytest.fixture(scope="module", params=["card", "tuned"])
+def tiny(tiny, request):
+    """The tiny recipe as the card's optimiser trains it, and its tuned twin: Muon, a Qwen3 with QK-norm."""
+    return SimpleNamespace(**{**vars(tiny), "recipe": tiny.recipe if request.param == "card" else tiny.tuned})
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +124,15 @@ print(json.dumps({"loss": total / (len(ids) - 1), "generated": out.shape[1], "mo
     assert found["generated"] == 10 and found["text"] and not found["modules"]
 
 
-def test_the_weights_are_a_stock_llama(whole):
+def test_the_weights_are_a_stock_models(tiny, whole):
     from safetensors import safe_open
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    kind, config = (Qwen3ForCausalLM, Qwen3Config) if tiny.recipe.shape.qk_norm else (LlamaForCausalLM, LlamaConfig)
     folder, _ = whole
     with safe_open(folder / "final" / "model.safetensors", "pt") as file:
         names = set(file.keys())
-    stock = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "final"))
+    stock = kind(config.from_pretrained(folder / "final"))
+    assert stock.config.architectures == [kind.__name__]
     assert names == set(stock.state_dict()) - {"lm_head.weight"}
 
 
@@ -170,6 +179,7 @@ def test_kill_9_in_the_middle_ends_with_the_same_bits(tiny, whole, tmp_path):
     same_run(alone, run_dir)
 
 
+@pytest.mark.parametrize("tiny", ["card"], indirect=True)
 def test_sigterm_saves_and_goes_on(tiny, tmp_path):
     """Of a run so long that it cannot end before the signal reaches it, however late that is."""
     steps = 100_000
@@ -212,7 +222,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tiny, whole):
     other = dataclasses.replace(tiny.recipe, learning_rate=1e-3)
-    with pytest.raises(su.CheckpointError, match="learning_rate is 0.004 in the checkpoint, 0.001 in this run"):
+    with pytest.raises(su.CheckpointError, match=f"learning_rate is {tiny.recipe.learning_rate} in the checkpoint, 0.001 in"):
         su.train(other, su.TokenStore(tiny.store_dir, other), whole[0], tokenizer=tiny.tokenizer, say=lambda text: None)
 
 
@@ -299,6 +309,7 @@ sys.exit(stentor.commands.main(["train", sys.argv[1]]))
     assert summary["eval_loss"] < np.log(tiny.recipe.shape.vocab_size) - 0.5
 
 
+@pytest.mark.parametrize("tiny", ["card"], indirect=True)
 def test_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(tiny, tmp_path):
     """torch_compile with INT8 (stochastic rounding) and checkpointed layers, stopped after step 8
     and gone on with."""
@@ -338,14 +349,15 @@ def test_compiled_training_is_the_same_training_and_resumes_to_the_same_bits(tin
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_run(tiny, whole, tmp_path, monkeypatch):
     """A device that holds two sequences at a time: the loss curve is that of the run that held
     four."""
-    from transformers import LlamaModel
-    forward = LlamaModel.forward
+    from transformers import LlamaModel, Qwen3Model
+    kind = Qwen3Model if tiny.recipe.shape.qk_norm else LlamaModel
+    forward = kind.forward
 
     def small(self, input_ids=None, **kwargs):
         if self.training and len(input_ids) > 2:
             raise torch.OutOfMemoryError("pretend")
         return forward(self, input_ids=input_ids, **kwargs)
-    monkeypatch.setattr(LlamaModel, "forward", small)
+    monkeypatch.setattr(kind, "forward", small)
     summary, said = train_here(tiny, tmp_path)
     assert [line for line in said if "halved" in line] == [
         "out of memory: micro-batch halved to 2 sequences, the global batch stays"]

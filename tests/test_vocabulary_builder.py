@@ -11,12 +11,13 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import stentor.vocabulary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from notebook_functions import ROOT, load_functions
 from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary
 
-NOTEBOOK = load_functions("01_tokenizer")
+NOTEBOOK = {**load_functions("01_tokenizer"), **vars(stentor.vocabulary)}
 MODES = ("clean", "balanced", "consistent", "strict")
 # The Python language reference, 0.7 MB of English that every Python has: every seventh page is held out.
 PAGES = [" ".join(text.split()) for _, text in sorted(topics.items())]
@@ -280,12 +281,12 @@ def test_held_out_documents_are_never_learnt_from(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows[::-1])))
     su = NOTEBOOK["su"]
     source = su.Source("own", str(path))
-    held_out, training = NOTEBOOK["read_source"](source, su, 10, 0.005, seed=1)
+    held_out, training = su.read_source(source, 10, 0.005, seed=1)
     assert len(held_out) == 10 and not set(held_out) & set(training)
     assert held_out == [" ".join(row["text"].split()) for row in rows[40:50][::-1]][:10]  # as the token store cuts it
     assert 5_000 <= sum(map(len, training)) < 6_000
-    assert training == NOTEBOOK["read_source"](source, su, 10, 0.005, seed=1)[1]
-    assert training != NOTEBOOK["read_source"](source, su, 10, 0.005, seed=2)[1]
+    assert training == su.read_source(source, 10, 0.005, seed=1)[1]
+    assert training != su.read_source(source, 10, 0.005, seed=2)[1]
 
 
 def test_the_bpe_of_the_v1_twins_decodes_what_it_encodes():

@@ -4,5 +4,6 @@
                                           place of each number in it
     check_model_card("outputs/demo")      [], or what is wrong, one sentence each
 """
-from stentor.card.check import check_model_card, write_model_card         # noqa: F401
+from stentor.card.check import (                                          # noqa: F401
+    check_model_card, described_models, write_model_card)
 from stentor.card.limitations import measure_limitations                  # noqa: F401

@@ -13,9 +13,10 @@ import shutil
 import time
 from pathlib import Path
 
-from stentor.card.facts import Facts, MARK, NUMBER, fill
+from stentor.card.facts import Facts, MARK, NUMBER, SUBJECTS, fill
 from stentor.card.scores import CHARTS
-from stentor.card.sections import assumed_watts, card_template
+from stentor.card.template import card_template
+from stentor.card.footprint import ASSUMED_INTENSITY, assumed_watts
 from stentor.checkpoints import newest_state, recipe_differences
 from stentor.files import ParameterError, sha256, write_atomically
 from stentor.recipes import Recipe
@@ -28,58 +29,92 @@ ALLOWED_PROSE = (
     "+ 2 ×", "× 3 ×", "× 2 ×", "FP32", "INT8", "/ 3,600,000", "UTF-8")
 
 
-def write_model_card(run_dir, *, name: str | None = None, repo_id: str | None = None,
-                     watts: float | None = None, license: str = "apache-2.0",
+def write_model_card(run_dir, *, of: str = "final", name: str | None = None,
+                     repo_id: str | None = None, base_model: str | None = None,
+                     watts: float | None = None, grams_per_kwh: float | None = None,
+                     authors: tuple[str, ...] = (), license: str = "apache-2.0",
                      language: str = "en") -> Path:
-    """Write run_dir/final/README.md from the files of the run, and run_dir/model_card.json;
-    returns the card's path.
+    """Write the card of a model of this run from the run's files, into its folder's README.md, and
+    the record of it, model_card.json; returns the card's path.
 
-    name: the model's name, by default the folder's. repo_id: what the loading example names, by
-    default `name`. watts: mean power draw of the whole machine for the energy estimate; by default
-    ASSUMED_WATTS for each GPU or CPU core. model_card.json holds these parameters, the SHA-256 of
-    each file that was read, and where each figure is from. Raises ParameterError where there is no
-    final/ to describe, or where the files are of another run than its checkpoints.
+    of: "final"; "instruct", what 04 made of it; "growth", what 07 made of it; "export", 08's
+    files. name: the model's name, by default the folder's (and -instruct, ...). repo_id: what the
+    loading example names, by default `name`. base_model: the hub name of what it was made from, for
+    the metadata. watts: mean power draw of the whole machine for the energy estimate; by default
+    ASSUMED_WATTS for each GPU or CPU core. grams_per_kwh: CO2e of the region's electricity; by
+    default ASSUMED_INTENSITY. model_card.json holds these parameters, the SHA-256 of each file that
+    was read, and where each figure is from. Raises ParameterError where there is no model to
+    describe, or where the files are of another run than its checkpoints.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "final" / "config.json").is_file():
-        raise ParameterError([f"{run_dir} has no final/config.json: train a model there first "
-                              "(notebook 02 or 03)."])
+    run_dir, facts = Path(run_dir), Facts(run_dir, of)
+    if not (run_dir / facts.model / MADE_OF[of][0]).is_file():
+        raise ParameterError([f"{run_dir} has no {facts.model}/{MADE_OF[of][0]}: "
+                              f"{MADE_OF[of][1]}."])
     if problems := description_problems(run_dir):
         raise ParameterError(problems)
-    name, basis = name or run_dir.resolve().name, "as given"
-    if watts is None:
-        watts, basis = assumed_watts(Facts(run_dir))
-    parameters = {"name": name, "repo_id": repo_id or name, "watts": watts, "watts_are": basis,
+    name = name or run_dir.resolve().name + f"-{of}" * (of != "final")
+    parameters = {"name": name, "repo_id": repo_id or name, "base_model": base_model,
+                  **energy_parameters(facts, watts, grams_per_kwh), "authors": list(authors),
                   "license": license, "language": language, "written": time.strftime("%Y-%m-%d")}
-    write_atomically(run_dir / "model_card.json", json.dumps({"parameters": parameters}, indent=1))
-    facts = Facts(run_dir)
+    record = run_dir / facts.record
+    write_atomically(record, json.dumps({"parameters": parameters}, indent=1))
+    facts = Facts(run_dir, of)
     text, _ = fill(card_template(facts), facts.figures)
-    record = {"parameters": parameters, "inputs": inputs_of(facts),
-              "figures": [dataclasses.asdict(figure) for figure in facts.figures]}
-    write_atomically(run_dir / "model_card.json", json.dumps(record, indent=1, ensure_ascii=False))
-    shown = run_dir / "final" / "charts"
+    content = {"parameters": parameters, "inputs": inputs_of(facts),
+               "figures": [dataclasses.asdict(figure) for figure in facts.figures]}
+    write_atomically(record, json.dumps(content, indent=1, ensure_ascii=False))
+    copy_charts(facts)
+    write_atomically(run_dir / facts.model / "README.md", text)
+    return run_dir / facts.model / "README.md"
+
+
+# What shows that there is a model to describe, and who makes it.
+MADE_OF = {"final": ("config.json", "train a model there first (notebook 02 or 03)"),
+           "instruct": ("config.json", "tune the model first (notebook 04)"),
+           "growth": ("config.json", "grow the model first (notebook 07)"),
+           "export": ("export.json", "export the model first (notebook 08)")}
+
+
+def described_models(run_dir) -> list[str]:
+    """Which models of this run a card can be written of, as `of` of write_model_card."""
+    return [of for of, (file, _) in MADE_OF.items()
+            if (Path(run_dir) / SUBJECTS[of][0] / file).is_file()]
+
+
+def energy_parameters(facts: Facts, watts: float | None, grams: float | None) -> dict:
+    """The assumptions of the energy estimate, each with its basis in words."""
+    (assumed, basis), (usual, region) = assumed_watts(facts), ASSUMED_INTENSITY
+    return {"watts": assumed if watts is None else watts,
+            "watts_are": basis if watts is None else "as given",
+            "grams_per_kwh": usual if grams is None else grams,
+            "grams_are": region if grams is None else "as given"}
+
+
+def copy_charts(facts: Facts) -> None:
+    """06's charts that the card shows, beside it; those of an earlier card go."""
+    if facts.of != "final":
+        return
+    shown = facts.folder / facts.model / "charts"
     shown.mkdir(exist_ok=True)
     for chart in (f"{chart}.png" for chart in CHARTS):
-        (shown / chart).unlink(missing_ok=True)       # of an earlier card
-        if (run_dir / "charts" / chart).is_file():
-            shutil.copy(run_dir / "charts" / chart, shown / chart)
-    write_atomically(run_dir / "final" / "README.md", text)
-    return run_dir / "final" / "README.md"
+        (shown / chart).unlink(missing_ok=True)
+        if (facts.folder / "charts" / chart).is_file():
+            shutil.copy(facts.folder / "charts" / chart, shown / chart)
 
 
 def inputs_of(facts: Facts) -> dict[str, str]:
     """{file: SHA-256} of every file that the card was made from, and of the weights that it
     describes."""
     files = [file for file, content in facts.files.items() if content is not None
-             and file != "model_card.json" and (facts.folder / file).is_file()]
-    weights = sorted((facts.folder / "final").glob("*.safetensors"))
+             and file != facts.record and (facts.folder / file).is_file()]
+    weights = sorted((facts.folder / facts.model).glob("*.safetensors"))
     return {file: sha256(facts.folder / file)
-            for file in [*sorted(files), *(f"final/{path.name}" for path in weights)]}
+            for file in [*sorted(files), *(f"{facts.model}/{path.name}" for path in weights)]}
 
 
-def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with run_dir/final/README.md, one sentence each; an empty list: every number
-    has its file.
+def check_model_card(run_dir, *, of: str = "final", allow: tuple[str, ...] = ()) -> list[str]:
+    """What is wrong with the card of a model of this run (`of`: as in write_model_card), one
+    sentence each; an empty list: every number has its file.
 
     The card is made again from the files as they are now, and its numbers are compared with those
     of README.md, in order. Also wrong: an input that changed or went since the card was written, a
@@ -87,26 +122,25 @@ def check_model_card(run_dir, *, allow: tuple[str, ...] = ()) -> list[str]:
     parse. allow: numbers that you typed into the card on purpose.
     """
     from huggingface_hub import ModelCard
-    run_dir = Path(run_dir)
+    run_dir, facts = Path(run_dir), Facts(run_dir, of)
     try:
-        text = (run_dir / "final" / "README.md").read_text(encoding="utf-8")
-        record = json.loads((run_dir / "model_card.json").read_text(encoding="utf-8"))
+        text = (run_dir / facts.model / "README.md").read_text(encoding="utf-8")
+        record = json.loads((run_dir / facts.record).read_text(encoding="utf-8"))
         inputs, recorded = dict(record["inputs"]), list(record["figures"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"final/README.md or model_card.json cannot be read ({type(error).__name__}: "
-                f"{error}): write the card again."]
+        return [f"{facts.model}/README.md or {facts.record} cannot be read "
+                f"({type(error).__name__}: {error}): write the card again."]
     problems = description_problems(run_dir)
     for file, digest in inputs.items():
         if not (run_dir / file).is_file():
             problems.append(f"{file} is gone since the card was written.")
         elif sha256(run_dir / file) != digest:
             problems.append(f"{file} has changed since the card was written.")
-    facts = Facts(run_dir)
     template = card_template(facts)
     problems += [f"{number} stands in the suite's own prose and no file accounts for it."
                  for number in typed_numbers(template)]
     if [dataclasses.asdict(figure) for figure in facts.figures] != recorded:
-        problems.append("model_card.json lists other figures than the files give now: write the "
+        problems.append(f"{facts.record} lists other figures than the files give now: write the "
                         "card again.")
     problems += number_problems(text, *fill(template, facts.figures), allow)
     try:

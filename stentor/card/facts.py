@@ -6,15 +6,24 @@ are filled in at the end.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from stentor.published import ALL_RECIPES
+from stentor.files import ParameterError
+from stentor.published import ALL_RECIPES, card_recipe
+from stentor.shapes import Shape
 
 NOT_MEASURED = "not measured"
+# What a card can be of: the model's folder in the run's, and where the card's record stands.
+SUBJECTS = {"final": ("final", "model_card.json"),
+            "instruct": ("instruct/final", "instruct/model_card.json"),
+            "growth": ("growth/final", "growth/model_card.json"),
+            "export": ("export", "export/model_card.json")}
+PUBLISHED = "published recipe "                       # of a Facts file that is no file of the run
 MARK = re.compile(r"FIGUREx(\d+)x")                   # plain letters: YAML must not quote it
 # A number and what is glued to it (4.9041, 240,001,024, 12M, v5e-8, 1e-05): any word with a digit
 # in it.
@@ -35,10 +44,15 @@ class Facts:
     asked for.
 
     `show`, `derive` and the others return a mark to write into the text, or "not measured".
+    of: which model of the run the card is of, a key of SUBJECTS; `model` is that model's folder in
+    the run's and `record` the file with the card's parameters.
     """
 
-    def __init__(self, run_dir):
+    def __init__(self, run_dir, of: str = "final"):
+        if of not in SUBJECTS:
+            raise ParameterError([f"of = {of!r}: a card can be of {', '.join(SUBJECTS)}."])
         self.folder, self.files, self.figures = Path(run_dir), {}, []
+        self.of, (self.model, self.record) = of, SUBJECTS[of]
 
     def read(self, file: str):
         """The parsed .json, .jsonl (list of rows) or .csv (list of dicts of text); None where it
@@ -46,8 +60,8 @@ class Facts:
         if file not in self.files:
             path, content = self.folder / file, None
             try:
-                if file.startswith("published recipe "):     # not a file of the run
-                    content = ALL_RECIPES[file.removeprefix("published recipe ")].to_dict()
+                if file.startswith(PUBLISHED):
+                    content = ALL_RECIPES[file.removeprefix(PUBLISHED)].to_dict()
                 elif file.endswith(".csv"):
                     with open(path, newline="", encoding="utf-8") as opened:
                         content = list(csv.DictReader(opened))
@@ -150,10 +164,29 @@ def row(*cells: str) -> str:
 
 
 def own_recipe(facts: Facts) -> str | None:
-    """The published recipe that the run's recipe comes from, as the name of a file of `Facts`;
-    None for an own one."""
+    """The published recipe that the run's recipe comes from, or is a twin of, as the name of a
+    file of `Facts`; None for an own one."""
     name = str(facts.get("run.json", "recipe", "name") or "").removesuffix("-cpu")
-    return f"published recipe {name}" if name in ALL_RECIPES else None
+    return PUBLISHED + card_recipe(name).name if name in ALL_RECIPES else None
+
+
+def shape_place(facts: Facts) -> tuple:
+    """Where the shape of the card's model stands: in the run's recipe, or in the folder's own
+    config.json, which 04 and 07 may have made from another model."""
+    if facts.of == "final":
+        return "run.json", "recipe", "shape"
+    return f"{'final' if facts.of == 'export' else facts.model}/config.json",
+
+
+def shape_from(values: dict) -> Shape:
+    """The Shape in a recipe's or a config.json's values; KeyError or TypeError where there is none."""
+    names = {field.name for field in dataclasses.fields(Shape)}
+    known = {name: values[name] for name in names if name in values}
+    if "rope_parameters" in values:
+        known["rope_theta"] = values["rope_parameters"]["rope_theta"]
+    if "qk_norm" in names and values.get("model_type") == "qwen3":
+        known["qk_norm"] = True
+    return Shape(**known)
 
 
 def benchmark_rows(facts: Facts) -> tuple[str | None, list[int]]:
@@ -168,3 +201,11 @@ def yaml_text(value) -> str:
     as two broken halves."""
     import yaml
     return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=math.inf).strip()
+
+
+def fenced(facts: Facts, *place) -> str:
+    """A text from a file in a fence longer than any in it."""
+    value = str(facts.get(*place))
+    fence = "~" * max(3, 1 + max(map(len, re.findall("~+", value)), default=0))
+    text = facts.show(*place, form=lambda text: str(text).strip() or "(nothing)")
+    return f"{fence}text\n{text}\n{fence}"

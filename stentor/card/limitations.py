@@ -9,7 +9,7 @@ from stentor.files import write_atomically
 from stentor.folders import load_model
 from stentor.launch import find_place
 from stentor.model import GENERATION
-from stentor.statistics import proportion, repetition
+from stentor.statistics import REPETITIVE, proportion, repetition
 from stentor.tokenizer import load_tokenizer
 
 
@@ -82,7 +82,7 @@ def measure_limitations(
     found = {
         "n": len(texts), "prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens,
         "seed": seed, "settings": GENERATION, "stopped": share(stopped),
-        "repetitive": share([value > 1 / 3 for value in repeated]),
+        "repetitive": share([value > REPETITIVE for value in repeated]),
         "mean_repetition": sum(repeated) / len(repeated),
         "replacement": share(["\ufffd" in text for text in texts]), "texts": texts}
     write_atomically(run_dir / "limitations.json", json.dumps(found, indent=1, ensure_ascii=False))

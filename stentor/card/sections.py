@@ -5,42 +5,79 @@ import dataclasses
 import re
 
 from stentor.card.facts import (
-    Facts, NOT_MEASURED, benchmark_rows, cell, own_recipe, plain, row, yaml_text)
-from stentor.card.scores import curves, instruct, interval, results
-from stentor.files import ParameterError, duration
+    Facts, NOT_MEASURED, PUBLISHED, benchmark_rows, cell, fenced, own_recipe, plain, row,
+    shape_from, shape_place, yaml_text)
+from stentor.card.scores import interval
+from stentor.card.uses import quality
+from stentor.files import ParameterError
 from stentor.published import ALL_RECIPES
 from stentor.recipes import Recipe
-from stentor.shapes import Shape, count_parameters, parameter_budget
-
-# Mean power draw that the energy estimate assumes where the caller names none, in watts for one
-# device or core. cuda: board power limit of a T4 (NVIDIA T4 datasheet), so an upper bound; cpu: our
-# guess. A v5e's is not published.
-ASSUMED_WATTS = {"cuda": 70.0, "cpu": 10.0}
-
-
-def card_template(facts: Facts) -> str:
-    """The card's text with a mark for each figure."""
-    return "\n".join(section(facts) for section in SECTIONS)
+from stentor.shapes import count_parameters, parameter_budget
 
 
 def metadata(facts: Facts) -> str:
     """The YAML head: huggingface_hub's ModelCardData with an EvalResult for every score; values are
     marks still."""
     from huggingface_hub import ModelCardData
-    scores = held_out_results(facts) + benchmark_results(facts)
-    sources = facts.get("run.json", "recipe", "sources") or []
-    datasets = [facts.derive(lambda path: yaml_text(path.removeprefix("hf:")), str,
-                             "the hub source's name", ("run.json", "recipe", "sources", i, "path"))
-                for i, source in enumerate(sources)
-                if str(source.get("path", "")).startswith("hf:")]
-    given = {key: facts.show("model_card.json", "parameters", key, form=yaml_text)
+    scores = held_out_results(facts) + benchmark_results(facts) if facts.of == "final" else []
+    given = {key: facts.show(facts.record, "parameters", key, form=yaml_text)
              for key in ("name", "language", "license")}
+    authors = [facts.show(facts.record, "parameters", "authors", i, form=yaml_text)
+               for i, _ in enumerate(facts.get(facts.record, "parameters", "authors") or [])]
+    more = {"model_card_authors": authors or None, "widget": widget(facts) or None}
+    if facts.get(facts.record, "parameters", "base_model"):
+        more["base_model"] = facts.show(facts.record, "parameters", "base_model", form=yaml_text)
+        more["base_model_relation"] = "quantized" if facts.of == "export" else "finetune"
     data = ModelCardData(
         language=given["language"], license=given["license"],
-        library_name="transformers", pipeline_tag="text-generation",
-        tags=["stentor", "llama", "small-language-model"], datasets=datasets or None,
-        model_name=given["name"] if scores else None, eval_results=scores or None)
+        library_name="transformers", pipeline_tag="text-generation", tags=tags(facts),
+        datasets=datasets(facts) or None, model_name=given["name"] if scores else None,
+        eval_results=scores or None, **{key: value for key, value in more.items() if value})
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def tags(facts: Facts) -> list[str]:
+    """What the model is, of words that its files bear out."""
+    size = facts.derive(lambda v: f"{count_parameters(shape_from(v)) / 1e6:.0f}m-parameters", str,
+                        "parameters / 1,000,000", shape_place(facts))
+    kind = facts.show(f"{'final' if facts.of == 'export' else facts.model}/config.json",
+                      "model_type", form=yaml_text)
+    own = {"instruct": ["conversational", "lora", "sft"], "growth": ["model-growth"],
+           "export": ["quantized"]}
+    found = ["stentor", kind, "small-language-model", "text-generation", size, "educational",
+             "research", *own.get(facts.of, [])]
+    vocabulary = facts.folder / "final" / "tokenmonster.vocab"
+    found += ["tokenmonster"] if vocabulary.is_file() else []
+    return [tag for tag in found if tag != NOT_MEASURED]
+
+
+def widget(facts: Facts) -> list[dict]:
+    """The hub's example prompts: those that the card has samples of."""
+    if facts.of == "instruct":
+        place = ("instruct/probe.json", "models", "base", "answers")
+        asked = [i for i, one in enumerate(facts.get(*place) or []) if one.get("kind") == "benign"]
+        return [{"messages": [{"role": "user", "content": facts.show(
+            *place, i, "prompt", form=yaml_text)}]} for i in asked[:3]]
+    if facts.of != "final":
+        return []
+    return [{"text": facts.show("samples.json", "samples", i, "prompt", form=yaml_text)}
+            for i, one in enumerate(facts.get("samples.json", "samples") or [])
+            if one.get("prompt")]
+
+
+def datasets(facts: Facts) -> list[str]:
+    """The hub's names of what the model learned from; text that comes with Python has none."""
+    recipes = {"growth": [("growth/curriculum.json", "stages", i) for i in range(3)]}
+    found, seen = [], set()
+    for recipe in recipes.get(facts.of, [("run.json", "recipe")]):
+        for i, source in enumerate(facts.get(*recipe, "sources") or []):
+            path = str(source.get("path", ""))
+            if path.startswith("hf:") and path not in seen:
+                seen.add(path)
+                found.append(facts.derive(
+                    lambda path: yaml_text(path.removeprefix("hf:")), str,
+                    "the hub source's name", (*recipe, "sources", i, "path")))
+    return found
 
 
 def held_out_results(facts: Facts) -> list:
@@ -76,12 +113,10 @@ def benchmark_results(facts: Facts) -> list:
 
 def opening(facts: Facts) -> str:
     count, tokens = (facts.show("summary.json", key) for key in ("parameters", "tokens"))
-    return f"""# {facts.show("model_card.json", "parameters", "name", form=cell)}
+    return f"""# {facts.show(facts.record, "parameters", "name", form=cell)}
 
-A Llama language model of {count} parameters, trained from nothing on {tokens} tokens by the recipe
-{facts.show("run.json", "recipe", "name", form=cell)} of the Stentor suite. It is a small model: \
-it continues text fluently
-before it knows anything, so check what it says.
+A language model of {count} parameters, trained from nothing on {tokens} tokens by the recipe
+{facts.show("run.json", "recipe", "name", form=cell)} of the Stentor suite. {quality(facts)}
 
 Every number below was filled in from a file of the run; `model_card.json` names the file and the \
 place of each. What no file
@@ -90,21 +125,26 @@ holds stands as *{NOT_MEASURED}*. Figures of the published recipe are labelled a
 
 
 def architecture(facts: Facts) -> str:
-    place = ("run.json", "recipe", "shape")
+    place = shape_place(facts)
 
     def shape(key, form=","):
+        if key == "rope_theta":                       # a config.json has it elsewhere than a recipe
+            return facts.derive(lambda v: shape_from(v).rope_theta, form, key, place)
         return facts.show(*place, key, form=form)
 
-    head = facts.derive(lambda s: s["hidden_size"] // s["num_attention_heads"], ",",
-                        "hidden_size / num_attention_heads", place)
-    total = facts.derive(lambda values: count_parameters(Shape(**values)), ",", "sum of the parts",
-                         place)
+    head = head_dim(facts, place)
+    total = facts.derive(lambda values: count_parameters(shape_from(values)), ",",
+                         "sum of the parts", place)
+    kind = facts.show(f"{'final' if facts.of == 'export' else facts.model}/config.json",
+                      "architectures", 0, form=cell)
+    counted = ""
+    if facts.of == "final":
+        counted = f"\n| counted on the model | | {facts.show('summary.json', 'parameters')} | |"
     tied = facts.get(*place, "tie_word_embeddings")
     parts = "\n".join(budget(facts, place, shape))
     return f"""## Architecture
 
-`LlamaForCausalLM`, {"input and output embeddings tied" if tied else
-                     "output embeddings of its own"}.
+`{kind}`, {"input and output embeddings tied" if tied else "output embeddings of its own"}.
 
 | | |
 |---|---|
@@ -123,9 +163,13 @@ How the parameters add up (no biases):
 | part | formula | parameters | share |
 |---|---|---|---|
 {parts}
-| **sum** | | **{total}** | |
-| counted on the model | | {facts.show("summary.json", "parameters")} | |
+| **sum** | | **{total}** | |{counted}
 """
+
+
+def head_dim(facts: Facts, place: tuple) -> str:
+    return facts.derive(lambda s: s["hidden_size"] // s["num_attention_heads"], ",",
+                        "hidden_size / num_attention_heads", place)
 
 
 def budget(facts: Facts, place: tuple, shape) -> list[str]:
@@ -143,16 +187,19 @@ def budget(facts: Facts, place: tuple, shape) -> list[str]:
 
     def part(key, form, formula, of=lambda shape: 1):
         return facts.derive(
-            lambda values: parameter_budget(Shape(**values))[key] / of(Shape(**values)), form,
+            lambda values: parameter_budget(shape_from(values))[key] / of(shape_from(values)), form,
             f"parameter_budget(shape)[{key}]{formula}", place)
 
     # an untied lm_head is a second table
     table = "× 2 × " if facts.get(*place, "tie_word_embeddings") is False else "× "
+    norms = f"{layers()} × 2 × {hidden()} + {hidden()}"
+    if facts.get(*place, "qk_norm"):
+        norms += f" + {layers()} × 2 × {head_dim(facts, place)}"
     formulas = {
         "embedding": f"{shape('vocab_size')} {table}{hidden()}",
         "attention": f"{layers()} × (2 × {hidden()} × {hidden()} + 2 × {hidden()} × {keys()})",
         "ffn": f"{layers()} × 3 × {hidden()} × {shape('intermediate_size')}",
-        "norms": f"{layers()} × 2 × {hidden()} + {hidden()}"}
+        "norms": norms}
     return [row(key.replace("ffn", "feed-forward"), formula, part(key, ",.0f", ""),
                 part(key, ".1%", " / total", count_parameters))
             for key, formula in formulas.items()]
@@ -224,7 +271,7 @@ def training(facts: Facts) -> str:
     if not isinstance(recipe, dict):
         return "\n".join([*lines, f"Hyperparameters: {NOT_MEASURED}.", ""])
     try:
-        card = ALL_RECIPES[published.removeprefix("published recipe ")]
+        card = ALL_RECIPES[published.removeprefix(PUBLISHED)]
         different = [name for name, _, _ in Recipe.from_dict(recipe).difference(card)]
     except (AttributeError, KeyError, ParameterError):       # an own recipe, or of another version
         published, different = None, []
@@ -290,14 +337,6 @@ def samples(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def fenced(facts: Facts, *place) -> str:
-    """A text from a file in a fence longer than any in it."""
-    value = str(facts.get(*place))
-    fence = "~" * max(3, 1 + max(map(len, re.findall("~+", value)), default=0))
-    text = facts.show(*place, form=lambda text: str(text).strip() or "(nothing)")
-    return f"{fence}text\n{text}\n{fence}"
-
-
 def limitations(facts: Facts) -> str:
     file = "limitations.json"
     how = f"Continuations of held-out text: {NOT_MEASURED}."
@@ -329,59 +368,12 @@ what they hold. Do not rely on it for facts, advice or decisions.
 """
 
 
-def assumed_watts(facts: Facts) -> tuple[float | None, str]:
-    """(mean power draw in watts to assume for the run's device, the assumption in words); None
-    where there is no basis."""
-    device = str(facts.get("summary.json", "device") or "")
-    processes = facts.get("summary.json", "processes") or 1
-    cores = facts.get("environment.json", "cpu_count")
-    if device.startswith("cuda"):
-        watts = ASSUMED_WATTS["cuda"]
-        return watts * processes, (f"{watts:g} W for each of {processes} GPUs, the power limit of "
-                                   "a T4; the rest of the machine not counted")
-    if device == "cpu" and cores:
-        watts = ASSUMED_WATTS["cpu"]
-        return watts * cores, f"{watts:g} W for each of {cores} CPU cores, a guess"
-    return None, "no figure for this device"
-
-
-def resources(facts: Facts) -> str:
-    summary, machine = "summary.json", "environment.json"
-    watts = ("model_card.json", "parameters", "watts")
-    energy = facts.derive(lambda watts, seconds: watts * seconds / 3_600_000, ".3g",
-                          "watts × seconds / 3,600,000", watts, (summary, "seconds"))
-    assumption = facts.show("model_card.json", "parameters", "watts_are", form=cell)
-    packages = ", ".join(f"{name} {facts.show(machine, 'packages', name, form=cell)}"
-                         for name in ("torch", "transformers", "accelerate", "torch_xla")
-                         if facts.get(machine, "packages", name))
-    return f"""## Hardware, time, energy
-
-| | |
-|---|---|
-| device | {facts.show(summary, "device", form=cell)} |
-| processes | {facts.show(summary, "processes")} |
-| GPUs in the machine | {facts.show(machine, "gpus")} |
-| CPU | {facts.show(machine, "cpu", form=cell)} |
-| CPU cores | {facts.show(machine, "cpu_count")} |
-| Python | {facts.show(machine, "python", form=cell)} |
-| packages | {packages or NOT_MEASURED} |
-| training time | {facts.show(summary, "seconds", form=duration)} |
-| tokens per second, median | {facts.show(summary, "tokens_per_second", form=",.0f")} |
-| energy, estimated | {energy} kWh |
-
-Energy = watts × seconds / 3,600,000, an estimate and no meter's reading: \
-{facts.show(summary, "seconds", form=",.0f")} s at an
-assumed mean of {facts.show(*watts, form=",g")} W ({assumption}).
-"""
-
-
 def loading(facts: Facts) -> str:
-    name = facts.show("model_card.json", "parameters", "repo_id", form=cell)
+    name = facts.show(facts.record, "parameters", "repo_id", form=cell)
     penalty = facts.show("samples.json", "settings", "repetition_penalty", form="g")
     sampling = "do_sample=True"
     if penalty != NOT_MEASURED:
         sampling += f", repetition_penalty={penalty}"
-    given, recipe = ("model_card.json", "parameters"), ("run.json", "recipe", "name")
     return f"""## How to load
 
 ```python
@@ -394,8 +386,12 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, {sampling})
 print(tokenizer.decode(output.flatten().tolist()))
 ```
+"""
 
-## Citation
+
+def citation(facts: Facts) -> str:
+    given, recipe = (facts.record, "parameters"), ("run.json", "recipe", "name")
+    return f"""## Citation
 
 ```bibtex
 @misc{{{facts.show(*given, "name", form=lambda name: re.sub("[^A-Za-z0-9]", "", name))},
@@ -408,7 +404,3 @@ print(tokenizer.decode(output.flatten().tolist()))
 
 Card written {facts.show(*given, "written", form=cell)}.
 """
-
-
-SECTIONS = (metadata, opening, results, instruct, curves, architecture, tokenizer, data, training,
-            precision, samples, limitations, resources, loading)

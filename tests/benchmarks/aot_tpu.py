@@ -31,7 +31,7 @@ def export(name: str) -> None:
     import stentor_utils as su
     from stentor.xla import XlaEngine
     recipe_name, _, micro = name.partition("@")
-    recipe = su.RECIPES[recipe_name] if recipe_name != "tiny" else su.RECIPES["stentor3-20m"].scaled_to("cpu")
+    recipe = su.ALL_RECIPES[recipe_name] if recipe_name != "tiny" else su.RECIPES["stentor3-20m"].scaled_to("cpu")
     if recipe_name == "tiny":
         recipe = dataclasses.replace(recipe, per_device_train_batch_size=1, num_processes=8, mixed_precision="bf16")
     if micro:

@@ -62,6 +62,38 @@ def test_50_steps_on_8_devices_are_the_cpu_engines(stentor3, tiny, cpu_curve, tm
     assert abs(sum(alone) - len(alone)) <= 1 and max(alone) <= 2, ran
 
 
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory):
+    """(recipe, the CPU engine's losses, the run's folder on 8 devices) of Muon with QK-norm."""
+    recipe = dataclasses.replace(tiny.tuned, logging_steps=1)
+    folder = tmp_path_factory.mktemp("tuned")
+    _, expected, _ = run(recipe, tiny, folder / "cpu")
+    return recipe, expected, folder / "xla", run(recipe, tiny, folder / "xla", xla="CPU")
+
+
+def test_muon_and_qk_norm_on_8_devices_are_the_cpu_engines(tuned):
+    recipe, expected, folder, (summary, rows, _) = tuned
+    assert losses(rows) == pytest.approx(losses(expected), rel=1e-4) and len(losses(rows)) == 24
+    assert losses(rows, "eval") == pytest.approx(losses(expected, "eval"), rel=1e-4)
+    assert summary["optimizer"] == "stentor.MuonAdamW" and summary["compilations"] == 2
+    assert {row["compilations"] for row in rows if row["kind"] == "train"} == {2}
+    assert json.loads((folder / "final" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("then", ["CPU", None], ids=["xla", "cpu"])
+def test_a_run_with_muon_goes_on_from_its_middle(tuned, tiny, tmp_path, then):
+    """On XLA to the same bits, on the CPU engine to the same losses."""
+    recipe, expected, folder, _ = tuned
+    shutil.copytree(folder / "checkpoints" / "step-00000016", tmp_path / "checkpoints" / "step-00000016")
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
+    _, rows, log = run(recipe, tiny, tmp_path, xla=then)
+    assert any("going on from step 16 of 24" in line for line in log)
+    assert losses(rows) == pytest.approx(losses(expected), rel=1e-4)
+    for name in ("model", "optimizer") if then else ():
+        name = f"checkpoints/step-00000024/{name}.safetensors"
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 def test_the_final_evaluation_needs_no_graph_of_its_own(tiny, tmp_path):
     """What was saved is read back and measured by the evaluation's graph: three compilations would be a second one."""
     code = ("import sys, stentor.launch\nstentor.launch.train_from_file(sys.argv[1])\n"
@@ -123,8 +155,10 @@ def test_micro_batches_in_the_graph_and_an_odd_last_step(tiny, tmp_path):
     assert summary["compilations"] == 2 and summary["tokens"] == (5 * 32 + 20) * 64
 
 
-def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": tiny.recipe.to_dict(), "store": str(tiny.store_dir),
+@pytest.mark.parametrize("twin", ["recipe", "tuned"])
+def test_an_infinite_gradient_skips_the_step_on_the_device(tiny, tmp_path, twin):
+    recipe = getattr(tiny, twin)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.to_dict(), "store": str(tiny.store_dir),
                                                    "tokenizer": str(tiny.tokenizer_dir)}))
     (tmp_path / "poisoned.py").write_text("""
 import sys, stentor.launch, stentor.xla
@@ -149,7 +183,7 @@ stentor.launch.train_from_file(sys.argv[1])
     assert state["updates"] == 22 and np.isfinite(summary["eval_loss"])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["learning_rate"] for row in rows if row["kind"] == "train"}
-    assert rates[4] == pytest.approx(tiny.recipe.learning_rate_at(2))         # one behind: the schedule waited
+    assert rates[4] == pytest.approx(recipe.learning_rate_at(2))         # one behind: the schedule waited
 
 
 def test_what_xla_cannot_do_is_refused(tiny, tmp_path):
