@@ -7,6 +7,7 @@ import torch
 from stentor.checkpoints import checkpoint_tensors, restore, weights_sha256
 from stentor.engine import Engine
 from stentor.folders import save_model_folder
+from stentor.inference import recommended
 from stentor.model import build_model
 from stentor.optimizers import update_ema, weights_swapped
 from stentor.precision import apply_precision_recipe
@@ -49,6 +50,7 @@ class Learner:
         model = build_model(
             recipe.shape, recipe.seed, initialization=recipe.initialization,
             attn_implementation=self.engine.attention(recipe.attn_implementation), **special)
+        model.generation_config.update(**recommended(recipe.name))   # what its folders will say
         self.precision = apply_precision_recipe(
             model, fp32_norms=recipe.fp32_norms, fp32_critical_layers=recipe.fp32_critical_layers,
             fp32_softmax=recipe.fp32_softmax, int8_qat=recipe.int8_qat)

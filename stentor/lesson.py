@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from stentor.files import write_atomically
-from stentor.model import GENERATION, build_model, generate
+from stentor.model import build_model, generate, sampling_of
 from stentor.precision import apply_precision_recipe
 from stentor.recipes import Recipe
 from stentor.shapes import count_parameters, parameter_budget
@@ -58,7 +58,7 @@ def write_samples(run_dir, model, tokenizer, prompts: list[str], *, seed: int) -
     """One continuation of each prompt: printed, and kept in samples.json with settings and seed."""
     texts = generate(model, tokenizer, list(prompts), max_new_tokens=60, seed=seed)
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
-    described = {"settings": GENERATION, "seed": seed, "samples": samples}
+    described = {"settings": sampling_of(model), "seed": seed, "samples": samples}
     write_atomically(Path(run_dir) / "samples.json", json.dumps(described, indent=1))
     for prompt, text in zip(prompts, texts):
         print(f"{prompt} >>>{text}\n")

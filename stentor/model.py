@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from stentor.files import ParameterError
+from stentor.inference import recommended
 from stentor.shapes import Shape, count_parameters
 from stentor.stock import stock_classes
 from stentor.tokenizer import tokenizer_fit
 
-# Sampling, by the Stentor2-12M card.
-GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.2}
+# Sampling where neither a folder nor a recipe says how: the Stentor2-12M card's favourite.
+GENERATION = recommended()
 
 
 def build_model(shape: Shape, seed: int = 42, *, initialization: str = "normal",
@@ -69,16 +70,16 @@ def initialize_weights(model, std: float = 0.02, residual_scaled: bool = False,
 
 def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, seed: int = 42,
              **settings) -> list[str]:
-    """One continuation of each prompt (without the prompt), sampled with the Stentor2-12M card's
-    favourite settings.
+    """One continuation of each prompt (without the prompt), sampled as the model's folder says.
 
+    settings: of transformers' generate, before the folder's (see sampling_of).
     An empty prompt continues from EOS, which in training stands before each document. Raises
     ParameterError for a prompt that is no text, or a tokenizer of more tokens than the model has
     rows, before any is continued.
     """
     if problems := prompt_problems(prompts) + tokenizer_fit(tokenizer, model.config.vocab_size):
         raise ParameterError(problems)
-    texts = []
+    texts, settings = [], {**sampling_of(model), **settings}
     was_training = model.training
     model.eval()
     for i, prompt in enumerate(prompts):
@@ -89,10 +90,17 @@ def generate(model, tokenizer, prompts: list[str], *, max_new_tokens: int = 60, 
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids),
                 max_length=ids.shape[1] + max_new_tokens, use_cache=True,
-                pad_token_id=tokenizer.eos_token_id, **{**GENERATION, **settings})
+                pad_token_id=tokenizer.eos_token_id, **settings)
         texts.append(tokenizer.decode(out[0, ids.shape[1]:].tolist(), skip_special_tokens=True))
     model.train(was_training)
     return texts
+
+
+def sampling_of(model) -> dict:
+    """What the model's generation_config recommends; GENERATION where it says nothing of it."""
+    said = model.generation_config.to_diff_dict()
+    names = (*GENERATION, "top_k", "min_p", "typical_p", "no_repeat_ngram_size")
+    return {name: said[name] for name in names if said.get(name) is not None} or dict(GENERATION)
 
 
 def prompt_problems(prompts) -> list[str]:

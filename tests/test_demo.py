@@ -300,7 +300,7 @@ def test_presets_lie_in_the_ranges_of_their_cards():
     ranges = {"stentor2-12m": ((0.6, 0.9), (0.6, 0.8), (1.1, 1.4), (10, 500)),
               "stentor2-12m-preview": ((0.65, 1.2), (0.5, 0.8), (1.1, 1.2), (10, 60)),
               "stentor3-20m": ((0.5, 0.8), (0.8, 0.9), (1.15, 1.4), (40, 4096)),
-              "stentor-12m-instruct": ((0.6, 1.5), (0.5, 0.9), (1.3, 1.3), (10, 200))}
+              "stentor-12m-instruct": ((0.6, 1.5), (0.5, 0.9), (1.3, 1.3), (10, 200))}    # spec-to-build, 6
     for recipe, limits in ranges.items():
         for chip in presets.NAMES:
             values, card = presets.preset(chip, recipe)

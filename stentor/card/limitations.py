@@ -8,7 +8,7 @@ from stentor.card.facts import Facts
 from stentor.files import write_atomically
 from stentor.folders import load_model
 from stentor.launch import find_place
-from stentor.model import GENERATION
+from stentor.model import sampling_of
 from stentor.statistics import REPETITIVE, proportion, repetition
 from stentor.tokenizer import load_tokenizer
 
@@ -37,7 +37,8 @@ def held_out_starts(run_dir, count: int, length: int) -> list[list[int]]:
 
 
 def continuations(run_dir, prompts: list[list[int]], max_new_tokens: int, seed: int):
-    """(texts, stopped, max_new_tokens): what final/ makes of each prompt, with su.GENERATION.
+    """(texts, stopped, max_new_tokens, settings): what final/ makes of each prompt, sampled as it
+    recommends.
 
     prompts: token ids, all of one length. stopped: whether a text ended by itself. max_new_tokens
     comes back as the context allowed it.
@@ -48,15 +49,16 @@ def continuations(run_dir, prompts: list[list[int]], max_new_tokens: int, seed: 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     length, end = len(prompts[0]), tokenizer.eos_token_id
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - length)
+    settings = sampling_of(model)
     torch.manual_seed(seed)
     ids = torch.tensor(prompts, device=model.device)  # (count, length): no padding
     with torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_length=length + max_new_tokens,
-            use_cache=True, pad_token_id=end, **GENERATION)[:, length:].tolist()
+            use_cache=True, pad_token_id=end, **settings)[:, length:].tolist()
     texts = [tokenizer.decode(row[:row.index(end)] if end in row else row, skip_special_tokens=True)
              for row in out]
-    return texts, [end in row for row in out], max_new_tokens
+    return texts, [end in row for row in out], max_new_tokens, settings
 
 
 def measure_limitations(
@@ -65,7 +67,7 @@ def measure_limitations(
     """Let final/ continue `count` held-out documents and write limitations.json: stopping,
     repetition, broken characters.
 
-    Sampled with su.GENERATION, one continuation each, none left out; shares come with 95% Wilson
+    Sampled as final/ recommends, one continuation each, none left out; shares come with 95% Wilson
     intervals. Returns what it wrote; None, and no file, where there is no token store to take
     prompts from.
     """
@@ -73,7 +75,8 @@ def measure_limitations(
     prompts = held_out_starts(run_dir, count, prompt_tokens)
     if not prompts:
         return None
-    texts, stopped, max_new_tokens = continuations(run_dir, prompts, max_new_tokens, seed)
+    texts, stopped, max_new_tokens, settings = continuations(
+        run_dir, prompts, max_new_tokens, seed)
     repeated = [repetition(text) for text in texts]
 
     def share(hits):
@@ -81,7 +84,7 @@ def measure_limitations(
 
     found = {
         "n": len(texts), "prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens,
-        "seed": seed, "settings": GENERATION, "stopped": share(stopped),
+        "seed": seed, "settings": settings, "stopped": share(stopped),
         "repetitive": share([value > REPETITIVE for value in repeated]),
         "mean_repetition": sum(repeated) / len(repeated),
         "replacement": share(["\ufffd" in text for text in texts]), "texts": texts}
