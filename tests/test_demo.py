@@ -1,4 +1,5 @@
 """The demo without a browser: which models, what they write and how sure they are, votes, a Space."""
+import ast
 import json
 import math
 import multiprocessing
@@ -118,6 +119,7 @@ def test_the_hub_is_offered_only_where_it_answers(monkeypatch):
     assert "StentorLabs/Stentor3-20M" in names and "openai-community/gpt2" in names and len(names) == len(set(names))
     sizes = {entry.recipe: entry.parameters for entry in models.hub_models() if not entry.baseline}
     assert sizes["stentor3-20m"] == 20_324_160 and sizes["portimbria-150m"] == 151_026_432
+    assert all(entry.where.startswith("hf:") for entry in models.hub_models())
 
 
 # --- what they write
@@ -404,6 +406,11 @@ def test_a_space_is_complete_and_holds_no_path_of_this_machine(space):
             text = path.read_text()
             assert str(REPO) not in text and "/work/" not in text and "/root/" not in text, path
     assert not list(space.rglob("checkpoints")) and not list(space.rglob("__pycache__"))
+    needed = {name.split(".")[0] for path in space.rglob("*.py") for node in ast.parse(path.read_text()).body
+              if isinstance(node, (ast.Import, ast.ImportFrom))
+              for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])}
+    needed -= {*sys.stdlib_module_names, "stentor", "tokenmonster_hf", "gradio"}
+    assert needed <= set(re.findall(r"^(\w+)==", wanted, re.M)), needed
 
 
 def test_a_space_needs_a_run_and_leaves_other_folders_alone(outputs, tmp_path):
