@@ -230,6 +230,21 @@ def test_twenty_at_once_get_what_each_would_have_got_alone(opened):
     assert found == alone and len(set(found.values())) > 10
 
 
+def test_stop_and_files_are_each_pages_own(opened, tmp_path):
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    from types import SimpleNamespace
+
+    from stentor.demo.tab import Demo
+    demo, one, two = Demo(opened, tmp_path / "votes"), SimpleNamespace(session_hash="1"), SimpleNamespace(session_hash="2")
+    mine, theirs, other = demo.begin(one, "chat"), demo.begin(two, "chat"), demo.begin(one, "sweep")
+    demo.stop(one, "chat")
+    assert mine.is_set() and not theirs.is_set() and not other.is_set()
+    folder = demo.private(one)
+    assert folder == demo.private(one) != demo.private(two) and folder.is_dir()
+    demo.leave(one)                                    # a closed page
+    assert other.is_set() and not theirs.is_set() and not folder.exists() and demo.private(two).is_dir()
+
+
 # --- how sure they are
 
 
