@@ -87,6 +87,7 @@ def use_generate(page) -> None:
     tab = Tab(page, "Generate")
     tab.type("Prompt", PROMPT)
     tab.press("Focused")
+    page.wait_for_timeout(1000)                        # until the sliders have moved
     tab.open("Settings")
     tab.type("Seed", "7")
     tab.open("Settings")
