@@ -117,8 +117,10 @@ def test_chips_history_and_its_file(page):
     tab = pictures.Tab(page, "Generate")
     tab.type("Prompt", "The")
     tab.press("Focused")
+    tab.open("Settings")                               # folded while the chip was pressed
     warm = tab.panel.get_by_label("number input for Temperature")
-    page.wait_for_function("field => field.value === '0.6'", arg=warm.element_handle(timeout=5000))
+    page.wait_for_function("field => field.value === '0.6'", arg=warm.element_handle())
+    tab.open("Settings")
     settle(tab, seed=5, tokens=12)
     tab.panel.get_by_label("number input for Completions").fill("3")
     page.keyboard.press("Tab")
