@@ -1,4 +1,4 @@
-"""What the demo's pages are made of: every text of a person or a model is escaped here, and nowhere else."""
+"""What the demo's pages are made of. What a person or a model wrote is escaped here."""
 from __future__ import annotations
 
 import html
@@ -42,12 +42,12 @@ def refused(error) -> str:
 
 
 def card(text: Text, title: str, prompt: bool = True, figures: bool = True) -> str:
-    """One text, the prompt before it in grey, with its figures below."""
+    """One text, the prompt before it in grey; below its figures, unless they would tell whose it is."""
     said = html.escape(text.text)
     asked = f'<span class="st-prompt">{html.escape(text.prompt)}</span>' if prompt else ""
     busy = "" if text.ended else ' aria-busy="true"'
     ended = {"stopped": "stopped by you", "end of text": "ended by itself"}.get(text.ended, "")
-    parts = [text.figures()] * bool(text.tokens and figures) + [ended, text.note]
+    parts = [text.figures()] * bool(text.tokens and figures) + [ended, text.note * figures]
     below = " · ".join(part for part in parts if part)
     caret = "" if text.ended else '<span class="st-caret" aria-hidden="true"></span>'
     return (f'<article class="st-card"{busy}><h3>{html.escape(title)}</h3>'
@@ -73,7 +73,7 @@ def legend() -> str:
 
 
 def tokens(seen: list[dict]) -> str:
-    """The coloured tokens of `generating.probabilities`, each with its alternatives, and their panel."""
+    """The coloured tokens of `generating.probabilities`, and the panel of alternatives."""
     body = "".join(_token(row, place) for place, row in enumerate(seen))
     return (f'<div class="st-explorer">{legend()}'
             '<p class="st-note">Point at a token, or reach it with Tab and the arrow keys. Click it, '

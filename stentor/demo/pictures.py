@@ -46,7 +46,7 @@ def browser():
 
 
 class Tab:
-    """One tab of an open page, as a person sees it: by labels and roles, never by Gradio's insides."""
+    """One tab of an open page, used as a person does: by labels and roles."""
 
     def __init__(self, page, name: str):
         self.page = page

@@ -1,4 +1,4 @@
-"""A complete folder for a Hugging Face Space: the demo, what it imports, a run's models; ready to push."""
+"""A complete folder for a Hugging Face Space: the demo, what it imports, a run's models."""
 from __future__ import annotations
 
 import ast
@@ -26,7 +26,7 @@ from pathlib import Path
 from stentor.demo.app import open_demo, start
 
 HERE = Path(__file__).resolve().parent
-KEPT = Path("/data") if os.access("/data", os.W_OK) else HERE   # the Space's own disk, where it has one
+KEPT = Path("/data") if os.access("/data", os.W_OK) else HERE   # the Space's own disk, if any
 # With the variable HUB = 1 visitors can also choose the published models and baselines of the hub.
 blocks = open_demo(HERE / "models", {name!r}, hub=os.environ.get("HUB") == "1",
                    votes=KEPT / "arena_votes.jsonl")

@@ -1,4 +1,4 @@
-"""What the five tabs share: the models, who may stop what, and how an answer is shown while it grows."""
+"""What the five tabs share: the models, who may stop what, the sliders."""
 from __future__ import annotations
 
 import random

@@ -37,15 +37,18 @@ def arena_tab(demo: Demo) -> None:
         start = gr.Button("Let both write", variant="primary", min_width=140)
         stop_button(demo, "arena")
     shown = gr.HTML(page.note("Two texts appear here; then vote. Kept are the two names, the mode, "
-                              "your vote and the time, not your prompt."), elem_id="arena", padding=False)
+                              "your vote and the time, not your prompt."),
+                    elem_id="arena", padding=False)
     with gr.Row(elem_classes="st-vote"):
         buttons = [gr.Button(label, interactive=False) for label in VOTES]
-    table = gr.HTML(page.ratings(arena.rate(arena.read_votes(demo.votes))), elem_id="ratings", padding=False)
+    table = gr.HTML(page.ratings(arena.rate(arena.read_votes(demo.votes))), elem_id="ratings",
+                    padding=False)
 
     def compare(mode, first, second, prompt, temperature, top_p, repetition_penalty, max_new_tokens,
                 seed, request: gr.Request = None):
         sliders = temperature, top_p, repetition_penalty, max_new_tokens
-        for shown, state, open_ in compared(demo, request, mode, (first, second), prompt, sliders, seed):
+        names = first, second
+        for shown, state, open_ in compared(demo, request, mode, names, prompt, sliders, seed):
             yield shown, state, *[gr.Button(interactive=open_)] * len(buttons)
 
     def vote(round_, choice):
@@ -58,7 +61,8 @@ def arena_tab(demo: Demo) -> None:
     choice = gr.Textbox(visible=False)
     for button in buttons:
         button.click(lambda state, label=button.value: vote(state, label), round_,
-                     [shown, round_, table, *buttons], queue=False, show_progress="hidden", api_visibility="private")
+                     [shown, round_, table, *buttons], queue=False, show_progress="hidden",
+                     api_visibility="private")
     choice.submit(vote, [round_, choice], [shown, round_, table, *buttons], api_name="vote")
 
 
@@ -139,7 +143,7 @@ def voted(demo: Demo, round_, choice: str):
 # Chat.
 
 def chat_tab(demo: Demo) -> None:
-    """A conversation in the tokenizer's template; the instruct model answers unless another is chosen."""
+    """A conversation in the tokenizer's template, with the instruct model where there is one."""
     said = gr.State([])
     default = demo.models.chat_default()
     with gr.Row(equal_height=False):

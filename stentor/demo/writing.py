@@ -32,7 +32,8 @@ def generate_tab(demo: Demo) -> None:
                 start = gr.Button("Generate", variant="primary", min_width=120)
                 stop_button(demo, "generate")
         with gr.Column(scale=3, min_width=300):
-            shown = gr.HTML(page.note("What the model writes appears here."), elem_id="generated", padding=False)
+            shown = gr.HTML(page.note("What the model writes appears here."),
+                            elem_id="generated", padding=False)
     with gr.Accordion("History", open=False):
         rows = gr.HTML(page.history([]), elem_id="history", padding=False)
         file = gr.DownloadButton("Download as JSON", interactive=False, size="sm")
@@ -100,7 +101,8 @@ def explorer_tab(demo: Demo) -> None:
                 judge = gr.Button("Judge text", min_width=90)
                 stop_button(demo, "explore")
         with gr.Column(scale=4, min_width=300):
-            shown = gr.HTML(page.legend(), elem_id="explorer", padding=False, js_on_load=page.explorer_script())
+            shown = gr.HTML(page.legend(), elem_id="explorer", padding=False,
+                            js_on_load=page.explorer_script())
 
     def explore(model, prompt, temperature, top_p, repetition_penalty, max_new_tokens, seed,
                 request: gr.Request = None):
