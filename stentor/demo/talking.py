@@ -10,6 +10,7 @@ import gradio as gr
 
 from stentor.demo import arena, page
 from stentor.demo.generating import chat_ids, settings_of, stream
+from stentor.demo.models import closest
 from stentor.demo.tab import WAITING, Demo, model_choice, sampling, seed_of, stop_button, told
 from stentor.demo.writing import FIRST_PROMPT
 from stentor.files import ParameterError
@@ -23,14 +24,15 @@ VOTES = {"A is better": "A is better", "B is better": "B is better", "Tie": "tie
 def arena_tab(demo: Demo) -> None:
     """Two models on one prompt: names shown, hidden until the vote, or drawn against a baseline."""
     round_ = gr.State(None)
-    names = demo.models.names
+    known = list(demo.models.entries.values())
+    near = closest(known[0], known)                    # a pair of one size to begin with
     with gr.Row():
         mode = gr.Radio(list(arena.MODES), value="Show", label="Mode", info=(
             "Show: you choose. Blind: two of about one size, names hidden until you vote. Random: a "
             "model of yours against a baseline, names hidden."))
     with gr.Row() as sides:
         first = model_choice(demo, label="Model A")
-        second = model_choice(demo, names[min(1, len(names) - 1)], label="Model B")
+        second = model_choice(demo, near[0].name if near else None, label="Model B")
     prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", lines=2, max_lines=8)
     chosen = sampling(demo, first, chips=False, open=False)
     with gr.Row():
