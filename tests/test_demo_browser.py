@@ -338,7 +338,8 @@ def test_a_phone_needs_no_sideways_scrolling_and_everything_has_a_name(opened, d
         assert page.evaluate("document.scrollingElement.scrollWidth <= window.innerWidth + 1"), name
         nameless = page.evaluate("""() => [...document.querySelectorAll('input, textarea, select, button, [role=button]')]
             .filter(e => e.offsetParent && !e.closest('.overflow-menu'))         // Gradio's own, nameless before 6.31
-            .filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.title || e.getAttribute('aria-labelledby') || e.textContent.trim()))
+            .filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.title
+                || e.getAttribute('aria-labelledby') || e.textContent.trim()))
             .map(e => e.outerHTML.slice(0, 150))""")
         assert not nameless, (name, nameless)
     context.close()

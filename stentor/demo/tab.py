@@ -139,9 +139,9 @@ def _chip(demo: Demo, chip: str, name: str):
     return [*values, _source(card)]
 
 
-def stop_button(demo: Demo, tab: str) -> gr.Button:
+def stop_button(demo: Demo, tab: str, size: str = "lg") -> gr.Button:
     """Stops what this page waits for in this tab, at the next token."""
-    button = gr.Button("Stop", variant="stop", min_width=70)
+    button = gr.Button("Stop", variant="stop", size=size, min_width=70)
 
     def stop(request: gr.Request):
         demo.stop(request, tab)

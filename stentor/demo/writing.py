@@ -97,9 +97,9 @@ def explorer_tab(demo: Demo) -> None:
                                 max_lines=14)
             chosen = sampling(demo, model, chips=False, open=False)
             with gr.Row():
-                start = gr.Button("Generate", variant="primary", min_width=90)
-                judge = gr.Button("Judge text", min_width=90)
-                stop_button(demo, "explore")
+                start = gr.Button("Generate", variant="primary", size="md", min_width=90)
+                judge = gr.Button("Judge text", size="md", min_width=90)
+                stop_button(demo, "explore", size="md")
         with gr.Column(scale=4, min_width=300):
             shown = gr.HTML(page.legend(), elem_id="explorer", padding=False,
                             js_on_load=page.explorer_script())
