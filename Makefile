@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 NOTEBOOKS ?= 01_tokenizer 02_pretrain_t4 04_instruct_sft 05_benchmark 06_charts
 
-.PHONY: run run-seeds test kaggle test-kaggle tpu-test tpu-aot litert bench speedrun soak gallery results lint clean
+.PHONY: run run-seeds demo test kaggle test-kaggle tpu-test tpu-aot litert bench speedrun soak gallery results lint clean
 .DELETE_ON_ERROR:
 
 # The environment is made once and again whenever the pinned requirements change.
@@ -38,6 +38,11 @@ run: $(VENV)/.installed
 SEEDS ?= 42 43 44
 run-seeds: $(VENV)/.installed
 	$(PY) -m stentor_utils seeds $(call quoted,$(value SEEDS)) -p $(call given,SEEDS)
+
+# The models of outputs/ in a browser, those of RUN first (by default the newest run): RUN=, PORT=, BASELINES=folder,folder,
+# HUB=True for the published models, SHARE=True for a public address, MEMORY_GB=. Ctrl-C ends it.
+demo: $(VENV)/.installed
+	$(PY) -m stentor_utils demo -p $(call given)
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest tests --durations=10

@@ -84,12 +84,12 @@ from stentor.tokens import TokenStore, plan_sources, source_names               
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 from stentor.watching import watching                                                               # noqa: F401
 
-LATE = ("benchmark", "charts", "curriculum", "export", "master_test", "payoff")
+LATE = ("benchmark", "charts", "curriculum", "demo", "export", "master_test", "payoff")
 
 
 def __getattr__(name: str):
     """`su.benchmark`, `su.charts` and the rest of LATE, when they are asked for: lm_eval is not in every
-    image, matplotlib is not needed by what trains, and what only 07 calls is not in every notebook."""
+    image, matplotlib is not needed by what trains, and what only 07 or 09 call is not in every notebook."""
     if name not in LATE:
         raise AttributeError(f"stentor_utils has no {name!r}")
     return importlib.import_module(f"stentor.{name}")

@@ -2,6 +2,8 @@
 
     python -m stentor_utils run 01_tokenizer 02_pretrain_t4 -p PROFILE=cpu RUN=demo
     python -m stentor_utils seeds | growth | train | fill | benchmark | summary | recipes | results
+    python -m stentor_utils demo -p RUN=demo PORT=7860
+    python -m stentor_utils space outputs/demo
 
 Exit codes: 2 for what was refused, in a sentence; 1 for what failed; 130 and 143 for a stop.
 """
@@ -109,6 +111,25 @@ TOLD = ("ParameterError", "TrainingFailed", "TrainingDiverged", "EvaluationFaile
         "CheckpointError", "SourceError", "SystemExit")
 
 
+def demo_command(arguments) -> int:
+    """What `make demo` starts; Ctrl-C ends it."""
+    from stentor.demo.command import serve            # it needs Gradio
+    try:
+        serve(read_pairs(arguments.parameters))
+    except ParameterError as error:
+        print("\n".join(error._render_traceback_()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def space_command(arguments) -> None:
+    """A folder for a Hugging Face Space of a run."""
+    from stentor.demo.space import write_space        # it needs Gradio
+    folder = write_space(arguments.run_dir, arguments.folder)
+    print(f"{folder}: a Space of {sum(path.is_file() for path in folder.rglob('*'))} files; its "
+          "README.md says how to push it.")
+
+
 def growth_command(arguments) -> None:
     """`growth`: does growing pay? The trial of `stentor.payoff`, of any recipe's optimiser, and its verdict."""
     from stentor.payoff import command
@@ -138,6 +159,10 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
             ("seeds", "train a run's recipe again with other seeds", "seeds")):
         command(name, notebooks_command, help, argument).add_argument(
             "-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
+    command("demo", demo_command, "try the models of the runs in a browser").add_argument(
+        "-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
+    command("space", space_command, "write a Hugging Face Space folder of a run",
+            "run_dir").add_argument("folder", nargs="?", help="default: RUN_DIR/space")
     command("growth", growth_command, "compare grown models with one from scratch, over compute",
             "folder").add_argument("-p", dest="parameters", nargs="*", default=[],
                                    metavar="NAME=VALUE")

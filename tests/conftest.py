@@ -23,6 +23,13 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The one run of the notebooks that several test files look at: see test_notebooks.make_chain."""
+    from test_notebooks import make_chain
+    return make_chain(tmp_path_factory.mktemp("outputs"))
+
+
 def make_tiny(folder):
     """A namespace: recipe (70k parameters, 24 steps), its tuned twin, tokenizer, tokenizer_dir, store_dir, source; real English
     text."""

@@ -26,10 +26,8 @@ def run(*parameters, notebooks=CHAIN, **env):
                           cwd=REPO, env={**os.environ, **env}, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """`make run` with a smaller token budget: (run folder, what the terminal showed)."""
-    outputs = tmp_path_factory.mktemp("outputs")
+def make_chain(outputs):
+    """`make run` with a smaller token budget: (run folder, what the terminal showed). The fixture `chain`, in conftest.py."""
     done = run(f"OUTPUTS={outputs}", "RUN=chain", "TOKEN_BUDGET=1000000", "SEEDS=[0]", "CONTINUATIONS=8",
                **CANARIES)
     assert not any(canary in done.stdout + done.stderr for canary in CANARIES.values())

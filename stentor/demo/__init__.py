@@ -9,3 +9,16 @@ arena       pairs of one size, votes in a file, a rating with its interval
 page        every piece of HTML; `writing` and `talking` are the tabs, `app` puts them together
 space       the folder for a Space; `pictures` takes the gallery's screenshots
 """
+import importlib
+
+
+def __getattr__(name: str):
+    """`su.demo.models` and its like, when they are asked for: Gradio is not in every image."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    try:
+        return importlib.import_module(f"stentor.demo.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"stentor.demo.{name}":
+            raise
+        raise AttributeError(f"stentor.demo has no {name!r}") from None

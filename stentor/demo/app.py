@@ -27,8 +27,8 @@ def build(models: Models, votes, title: str = "Stentor") -> gr.Blocks:
     demo = Demo(models, Path(votes))
     with gr.Blocks(title=f"{title}: try the model", analytics_enabled=False,
                    delete_cache=(3600, 86400)) as blocks:
-        gr.HTML(f'<div class="st-title"><h1>{html.escape(title)}</h1><p>Small language models, trained '
-                'from scratch. They invent freely: take nothing they say for a fact.</p></div>',
+        gr.HTML(f'<div class="st-title"><h1>{html.escape(title)}</h1><p>Small language models, '
+                'trained from scratch. They invent freely: take nothing they say for a fact.</p></div>',
                 padding=False)
         with gr.Tabs():
             for name, make in TABS.items():
@@ -44,7 +44,7 @@ def build(models: Models, votes, title: str = "Stentor") -> gr.Blocks:
 
 
 def theme() -> gr.themes.Base:
-    """The reader's own fonts, so that nothing is fetched; grey text with a contrast of 4.5 and more."""
+    """The reader's own fonts, so that nothing is fetched; the suite's blue; grey that can be read."""
     blue = gr.themes.Color("#EEF6FB", "#D6EAF5", "#AED5EA", "#7DBCDD", "#3D9BD6", BLUE, "#0B65A3",
                            "#0A5485", "#083F66", DARK_BLUE, "#04253F")
     soft = gr.themes.Soft(primary_hue=blue, neutral_hue="slate", font=["system-ui", "sans-serif"],
@@ -65,8 +65,8 @@ def start(blocks: gr.Blocks, *, host: str | None = "127.0.0.1", port: int | None
           share: bool = False, wait: bool = False, **how) -> str:
     """Serve the page, and load the first model meanwhile; its address.
 
-    host, port: None are Gradio's own, the first free port from 7860 on. share: a public address for 72 hours, which
-    needs internet: whoever knows it can use the demo. wait: until Ctrl-C.
+    host, port: None are Gradio's own, the first free port from 7860 on. share: a public address
+    for 72 hours, which needs internet: whoever knows it can use the demo. wait: until Ctrl-C.
     Raises ParameterError where the port is taken.
     """
     demo = blocks.stentor

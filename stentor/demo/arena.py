@@ -1,4 +1,4 @@
-"""Which of two models wrote the better text: pairs of one size, votes in a file, a rating from them."""
+"""Which of two models wrote better: pairs of one size, votes in a file, a rating from them."""
 from __future__ import annotations
 
 import contextlib
@@ -109,8 +109,10 @@ def rate(votes: list[dict]) -> list[dict]:
 
 
 def _bradley_terry(points: np.ndarray, played: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(log strengths, their standard errors) around their mean, by Newton's method; one tie with strength
-    0 is added to each."""
+    """(log strengths, their standard errors) around their mean, by Newton's method.
+
+    One tie with strength 0 is added to each.
+    """
     strength = np.zeros(len(points))
     for _ in range(100):
         against = 1 / (1 + np.exp(np.clip(strength[None] - strength[:, None], -700, 700)))

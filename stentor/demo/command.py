@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import ast
-from importlib.util import find_spec
+import subprocess
+import sys
+from importlib import invalidate_caches
+from importlib.metadata import PackageNotFoundError, version
 
 from stentor.files import ParameterError
+from stentor.kaggle import on_kaggle
 from stentor.notebooks import given_problems, read_value
 from stentor.parameters import items, number, read_parameters, run_name, string
 from stentor.session import find_outputs
@@ -38,15 +42,32 @@ def read_demo_parameters(typed: dict[str, str]) -> dict:
 
 
 def needs_gradio() -> None:
-    if find_spec("gradio") is None:
-        raise ParameterError(["the demo needs Gradio, which is not installed: pip install "
-                              "'gradio>=6.0'"])
+    """Gradio 6 can be imported. On Kaggle pip is tried, and leaves all that the image has as it is.
+
+    Raises ParameterError, one sentence, where there is none.
+    """
+    if _gradio() < 6 and on_kaggle():
+        held = [f"{name}=={version(name)}" for name in ("huggingface_hub", "numpy", "transformers")]
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1",
+                        "--timeout", "15", "gradio>=6", *held], capture_output=True)
+        invalidate_caches()
+    if (found := _gradio()) < 6:
+        there = f"version {found} is" if found else "none is"
+        raise ParameterError([f"the demo needs Gradio 6 and {there} installed: pip install "
+                              "'gradio>=6' (on Kaggle: switch the internet on, Settings)."])
 
 
-def opened_demo(pairs: list[str]):
-    """(Gradio Blocks, the parameters) for NAME=VALUE words, with nothing served yet."""
-    from stentor.commands import read_pairs
-    values = read_demo_parameters(read_pairs(pairs))
+def _gradio() -> int:
+    """The first number of the installed Gradio's version; 0 without one."""
+    try:
+        return int(version("gradio").partition(".")[0])
+    except PackageNotFoundError:
+        return 0
+
+
+def opened_demo(typed: dict[str, str]):
+    """(Gradio Blocks, the parameters) for what was typed, with nothing served yet."""
+    values = read_demo_parameters(typed)
     needs_gradio()
     from stentor.demo.app import open_demo
     blocks = open_demo(find_outputs(values["OUTPUTS"]), values["RUN"], hub=values["HUB"],
@@ -54,9 +75,9 @@ def opened_demo(pairs: list[str]):
     return blocks, values
 
 
-def demo_command(pairs: list[str]) -> None:
-    """Serve the demo until Ctrl-C."""
-    blocks, values = opened_demo(pairs)
+def serve(typed: dict[str, str]) -> None:
+    """Serve the demo until Ctrl-C. typed: {name of PARAMETERS: what was typed}."""
+    blocks, values = opened_demo(typed)
     from stentor.demo.app import close, start
     try:
         start(blocks, port=values["PORT"], share=values["SHARE"], wait=True)

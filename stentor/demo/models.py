@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from stentor.alone import PUBLISHED_MODELS
 from stentor.files import ParameterError, StentorError
 from stentor.folders import load_model
 from stentor.hub import hub_commit
@@ -28,12 +29,6 @@ BASELINES = {"EleutherAI/pythia-14m": 14, "EleutherAI/pythia-31m": 31, "Eleuther
              "EleutherAI/pythia-160m": 162, "distilbert/distilgpt2": 82, "openai-community/gpt2": 124,
              "facebook/opt-125m": 125, "EleutherAI/gpt-neo-125m": 125,
              "HuggingFaceTB/SmolLM2-135M": 135}
-HUB_NAMES = {                              # of the published models that the card's space offers
-    "stentor-12m": "StentorLabs/Stentor-12M", "stentor-30m": "StentorLabs/Stentor-30M",
-    "stentor-12m-instruct": "StentorLabs/Stentor-12M-Instruct",
-    "stentor2-12m": "StentorLabs/Stentor2-12M", "stentor2-30m": "StentorLabs/Stentor2-30M",
-    "stentor3-20m": "StentorLabs/Stentor3-20M", "stentor3-50m": "StentorLabs/Stentor3-50M",
-    "portimbria-150m": "StentorLabs/Portimbria-150M"}
 
 
 @dataclass(frozen=True)
@@ -134,11 +129,9 @@ def _parameters(folder: Path) -> int | None:
 
 def hub_models() -> list[Entry]:
     """The published models, and the baselines of the card's space, by their hub names."""
-    def parameters(name):
-        known = RECIPES.get(name)
-        return count_parameters(known.shape) if known else {"stentor3-50m": 49_430_016}.get(name)
-    ours = [Entry(hub, f"hf:{hub}", chat=name.endswith("instruct"), recipe=name,
-                  parameters=parameters(name)) for name, hub in HUB_NAMES.items()]
+    ours = [Entry(hub.removeprefix("hf:"), hub, chat=name.endswith("instruct"), recipe=name,
+                  parameters=count_parameters(RECIPES[name].shape))
+            for name, hub in PUBLISHED_MODELS.items()]
     return ours + [Entry(hub, f"hf:{hub}", True, parameters=millions * 10**6)
                    for hub, millions in BASELINES.items()]
 
@@ -148,9 +141,9 @@ def hub_answers() -> bool:
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE:
         return False
-    name = HUB_NAMES["stentor2-12m"]
+    name = PUBLISHED_MODELS["stentor2-12m"]
     try:
-        hub_commit("the demo", f"hf:{name}", f"models/{name}", "main", tries=1)
+        hub_commit("the demo", name, f"models/{name.removeprefix('hf:')}", "main", tries=1)
     except StentorError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""What the demo's pages are made of: every text of a person or a model is escaped here, and nowhere else."""
+"""What the demo's pages are made of. What a person or a model wrote is escaped here."""
 from __future__ import annotations
 
 import html
@@ -21,6 +21,16 @@ def explorer_script() -> str:
     return (_HERE / "explorer.js").read_text()
 
 
+def alone(*pieces: str) -> str:
+    """Pieces for a notebook's output, where there is no page around them: their style goes along."""
+    named = ("body-text-color: #222222", "body-text-color-subdued: #5b6470",
+             "border-color-primary: #d5d9de", "background-fill-primary: #ffffff")
+    given = "".join(f"--{value}; " for value in named)
+    return (f"<style>{css()}\n.st-alone {{ {given} background: #ffffff; color: #222222; "
+            f"padding: 0.6rem; border-radius: 8px; }}</style>"
+            f'<div class="st-alone">{"".join(pieces)}</div>')
+
+
 def note(text: str) -> str:
     """A line that says what is going on."""
     return f'<p class="st-note" role="status">{html.escape(text)}</p>'
@@ -32,12 +42,12 @@ def refused(error) -> str:
 
 
 def card(text: Text, title: str, prompt: bool = True, figures: bool = True) -> str:
-    """One text, the prompt before it in grey, with its figures below."""
+    """One text, the prompt before it in grey; below its figures, unless they would tell whose it is."""
     said = html.escape(text.text)
     asked = f'<span class="st-prompt">{html.escape(text.prompt)}</span>' if prompt else ""
     busy = "" if text.ended else ' aria-busy="true"'
     ended = {"stopped": "stopped by you", "end of text": "ended by itself"}.get(text.ended, "")
-    parts = [text.figures()] * bool(text.tokens and figures) + [ended, text.note]
+    parts = [text.figures()] * bool(text.tokens and figures) + [ended, text.note * figures]
     below = " · ".join(part for part in parts if part)
     caret = "" if text.ended else '<span class="st-caret" aria-hidden="true"></span>'
     return (f'<article class="st-card"{busy}><h3>{html.escape(title)}</h3>'
@@ -62,9 +72,9 @@ def legend() -> str:
             f'<ul>{items}</ul></div>')
 
 
-def tokens(seen: list[dict], prompt: list[dict] = ()) -> str:
-    """The coloured tokens of `generating.probabilities`, each with its alternatives, and their panel."""
-    body = "".join(_token(row, i, i < len(prompt)) for i, row in enumerate([*prompt, *seen]))
+def tokens(seen: list[dict]) -> str:
+    """The coloured tokens of `generating.probabilities`, and the panel of alternatives."""
+    body = "".join(_token(row, place) for place, row in enumerate(seen))
     return (f'<div class="st-explorer">{legend()}'
             '<p class="st-note">Point at a token, or reach it with Tab and the arrow keys. Click it, '
             'or press Enter, to keep its alternatives; choose one to go on from there.</p>'
@@ -74,15 +84,15 @@ def tokens(seen: list[dict], prompt: list[dict] = ()) -> str:
             '<p class="st-note">No token chosen.</p></aside></div></div>')
 
 
-def _token(row: dict, place: int, given: bool) -> str:
+def _token(row: dict, place: int) -> str:
     p = row["probability"]
     level = "sure" if p >= SURE else "unsure" if p < UNSURE else "middle"
-    shown = row["text"] or ("·" if row["label"] else "")
     facts = {"label": row["label"], "p": p, "rank": row["rank"], "place": place,
              "others": [[a["id"], a["text"], a["probability"]] for a in row["alternatives"]]}
     said = f'{row["label"]}, {percent(p)}, choice {row["rank"]}'
-    text = html.escape(shown).replace("\n", "↵\n")
-    return (f'<span class="st-token st-{level}{" st-given" * given}" role="button" '
+    text = html.escape(row["text"])
+    bare = " st-bare" * (not row["text"].strip())
+    return (f'<span class="st-token st-{level}{bare}" role="button" '
             f'tabindex="{0 if place == 0 else -1}" aria-label="{html.escape(said)}" '
             f'data-facts="{html.escape(json.dumps(facts))}">{text}</span>')
 

@@ -6,6 +6,7 @@ Needs Chromium on this machine (Debian: apt-get install chromium) and playwright
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import sys
@@ -45,14 +46,12 @@ def browser():
 
 
 class Tab:
-    """One tab of an open page, as a person sees it: by labels and roles, never by Gradio's insides."""
+    """One tab of an open page, used as a person does: by labels and roles."""
 
     def __init__(self, page, name: str):
         self.page = page
         page.get_by_role("tab", name=name).click()
-        self.panel = page.get_by_role("tabpanel", name=name)
-        if not self.panel.count():                     # narrow pages name their panels otherwise
-            self.panel = page.locator("[role=tabpanel]:visible")
+        self.panel = page.locator("[role=tabpanel]:visible")
         self.panel.wait_for()
 
     def press(self, name: str) -> None:
@@ -88,6 +87,7 @@ def use_generate(page) -> None:
     tab = Tab(page, "Generate")
     tab.type("Prompt", PROMPT)
     tab.press("Focused")
+    page.wait_for_timeout(1000)                        # until the sliders have moved
     tab.open("Settings")
     tab.type("Seed", "7")
     tab.open("Settings")
@@ -160,13 +160,18 @@ def take(address: str, folder) -> list[Path]:
     return taken
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     from stentor.demo.command import opened_demo
     from stentor.demo.app import close, start
-    folder, given = argv[0], argv[2:] if argv[1:2] == ["-p"] else []
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
     try:
         find_browser()
-        blocks, _ = opened_demo(given)
+        pairs = (pair.partition("=") for pair in arguments.parameters)
+        blocks, _ = opened_demo({name: value for name, _, value in pairs})
         try:
             print("\n".join(map(str, take(start(blocks), folder))))
         finally:
@@ -178,4 +183,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

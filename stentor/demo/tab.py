@@ -1,9 +1,12 @@
-"""What the five tabs share: the models, who may stop what, and how an answer is shown while it grows."""
+"""What the five tabs share: the models, who may stop what, the sliders."""
 from __future__ import annotations
 
 import random
+import secrets
+import shutil
 import tempfile
 import threading
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import gradio as gr
 from stentor.demo.generating import settings_of
 from stentor.demo.models import Models
 from stentor.demo.presets import NAMES, preset
-from stentor.files import StentorError
+from stentor.files import ParameterError, StentorError
 from stentor.parameters import number
+from stentor.secrets import redact
 
 # All that works with a model: this many may wait for it at once, the rest waits in Gradio's queue.
 WAITING = {"concurrency_id": "model", "concurrency_limit": 16, "show_progress": "hidden"}
@@ -26,6 +30,7 @@ class Demo:
     votes: Path                            # the arena's file
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="stentor-demo-")))
     _stops: dict = field(default_factory=dict)
+    _private: dict = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, request, tab: str) -> threading.Event:
@@ -39,11 +44,22 @@ class Demo:
         if found := self._stops.get((_session(request), tab)):
             found.set()
 
+    def private(self, request) -> Path:
+        """A folder of this page, by a name that nobody can guess; it goes with the page."""
+        with self._lock:
+            if _session(request) not in self._private:
+                made = self.folder / secrets.token_urlsafe(16)
+                made.mkdir(parents=True)
+                self._private[_session(request)] = made
+            return self._private[_session(request)]
+
     def leave(self, request) -> None:
-        """A page was closed: what it waits for stops."""
+        """A page was closed: what it waits for stops, its file goes."""
         with self._lock:
             for key in [key for key in self._stops if key[0] == _session(request)]:
                 self._stops.pop(key).set()
+            if made := self._private.pop(_session(request), None):
+                shutil.rmtree(made, ignore_errors=True)
 
     def recipe(self, name: str) -> str:
         entry = self.models.entries.get(name)
@@ -59,7 +75,6 @@ def seed_of(seed) -> int:
     if seed in (None, ""):
         return random.randrange(2**31)
     if wrong := number(0, 2**31 - 1, integer=True)(seed):
-        from stentor.files import ParameterError
         raise ParameterError([f"Seed = {seed} {wrong}."])
     return int(seed)
 
@@ -67,8 +82,7 @@ def seed_of(seed) -> int:
 def told(error: Exception) -> str:
     """What a page says of an error: our own sentences; of others only that there was one."""
     if isinstance(error, StentorError):
-        return str(error)
-    import traceback
+        return redact(str(error))
     traceback.print_exception(error)       # for whoever runs the demo
     return f"Something went wrong ({type(error).__name__}); the demo's terminal says what."
 
@@ -125,9 +139,9 @@ def _chip(demo: Demo, chip: str, name: str):
     return [*values, _source(card)]
 
 
-def stop_button(demo: Demo, tab: str) -> gr.Button:
+def stop_button(demo: Demo, tab: str, size: str = "lg") -> gr.Button:
     """Stops what this page waits for in this tab, at the next token."""
-    button = gr.Button("Stop", variant="stop", min_width=70)
+    button = gr.Button("Stop", variant="stop", size=size, min_width=70)
 
     def stop(request: gr.Request):
         demo.stop(request, tab)

@@ -1,6 +1,7 @@
 """The tabs for judging and for talking: Arena and Chat."""
 from __future__ import annotations
 
+import html
 import random
 import secrets
 import threading
@@ -9,6 +10,7 @@ import gradio as gr
 
 from stentor.demo import arena, page
 from stentor.demo.generating import chat_ids, settings_of, stream
+from stentor.demo.models import closest
 from stentor.demo.tab import WAITING, Demo, model_choice, sampling, seed_of, stop_button, told
 from stentor.demo.writing import FIRST_PROMPT
 from stentor.files import ParameterError
@@ -22,34 +24,38 @@ VOTES = {"A is better": "A is better", "B is better": "B is better", "Tie": "tie
 def arena_tab(demo: Demo) -> None:
     """Two models on one prompt: names shown, hidden until the vote, or drawn against a baseline."""
     round_ = gr.State(None)
-    names = demo.models.names
+    known = list(demo.models.entries.values())
+    near = closest(known[0], known)                    # a pair of one size to begin with
     with gr.Row():
         mode = gr.Radio(list(arena.MODES), value="Show", label="Mode", info=(
             "Show: you choose. Blind: two of about one size, names hidden until you vote. Random: a "
             "model of yours against a baseline, names hidden."))
     with gr.Row() as sides:
         first = model_choice(demo, label="Model A")
-        second = model_choice(demo, names[min(1, len(names) - 1)], label="Model B")
+        second = model_choice(demo, near[0].name if near else None, label="Model B")
     prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", lines=2, max_lines=8)
     chosen = sampling(demo, first, chips=False, open=False)
     with gr.Row():
         start = gr.Button("Let both write", variant="primary", min_width=140)
         stop_button(demo, "arena")
     shown = gr.HTML(page.note("Two texts appear here; then vote. Kept are the two names, the mode, "
-                              "your vote and the time, not your prompt."), elem_id="arena", padding=False)
+                              "your vote and the time, not your prompt."),
+                    elem_id="arena", padding=False)
     with gr.Row(elem_classes="st-vote"):
         buttons = [gr.Button(label, interactive=False) for label in VOTES]
-    table = gr.HTML(page.ratings(arena.rate(arena.read_votes(demo.votes))), elem_id="ratings", padding=False)
+    table = gr.HTML(page.ratings(arena.rate(arena.read_votes(demo.votes))), elem_id="ratings",
+                    padding=False)
 
     def compare(mode, first, second, prompt, temperature, top_p, repetition_penalty, max_new_tokens,
                 seed, request: gr.Request = None):
         sliders = temperature, top_p, repetition_penalty, max_new_tokens
-        for html, state, open_ in compared(demo, request, mode, (first, second), prompt, sliders, seed):
-            yield html, state, *[gr.Button(interactive=open_)] * len(buttons)
+        names = first, second
+        for shown, state, open_ in compared(demo, request, mode, names, prompt, sliders, seed):
+            yield shown, state, *[gr.Button(interactive=open_)] * len(buttons)
 
     def vote(round_, choice):
-        html, state, ratings = voted(demo, round_, choice)
-        return html, state, ratings, *[gr.Button(interactive=False)] * len(buttons)
+        shown, state, ratings = voted(demo, round_, choice)
+        return shown, state, ratings, *[gr.Button(interactive=False)] * len(buttons)
     mode.change(lambda mode: gr.Row(visible=mode == "Show"), mode, sides, queue=False,
                 api_visibility="private")
     inputs = [mode, first, second, prompt, *chosen.inputs, chosen.seed]
@@ -57,7 +63,8 @@ def arena_tab(demo: Demo) -> None:
     choice = gr.Textbox(visible=False)
     for button in buttons:
         button.click(lambda state, label=button.value: vote(state, label), round_,
-                     [shown, round_, table, *buttons], queue=False, show_progress="hidden", api_visibility="private")
+                     [shown, round_, table, *buttons], queue=False, show_progress="hidden",
+                     api_visibility="private")
     choice.submit(vote, [round_, choice], [shown, round_, table, *buttons], api_name="vote")
 
 
@@ -126,11 +133,11 @@ def voted(demo: Demo, round_, choice: str):
         if round_.vote_once():
             arena.add_vote(demo.votes, *round_["names"], VOTES[choice], round_["mode"])
         titles = [f"{side} · {name}" for side, name in zip("AB", round_["names"])]
-        html = _pair([page.card(text, title) for text, title in zip(round_["texts"], titles)])
+        shown = _pair([page.card(text, title) for text, title in zip(round_["texts"], titles)])
         winner = {"A is better": titles[0], "B is better": titles[1]}.get(choice)
         said = f"Your vote: {choice}" + (f" ({winner})." if winner else ".")
         ratings = page.ratings(arena.rate(arena.read_votes(demo.votes)))
-        return html + page.note(said), None, ratings
+        return shown + page.note(said), None, ratings
     except Exception as error:
         return page.refused(told(error)), None, gr.skip()
 
@@ -138,7 +145,7 @@ def voted(demo: Demo, round_, choice: str):
 # Chat.
 
 def chat_tab(demo: Demo) -> None:
-    """A conversation in the tokenizer's template; the instruct model answers unless another is chosen."""
+    """A conversation in the tokenizer's template, with the instruct model where there is one."""
     said = gr.State([])
     default = demo.models.chat_default()
     with gr.Row(equal_height=False):
@@ -173,6 +180,12 @@ def chat_tab(demo: Demo) -> None:
                  model, system, queue=False, api_visibility="private")
 
 
+def bubbles(messages: list[dict]) -> list[dict]:
+    """Messages for the window, which takes even plain text for HTML: escaped, so that they show as
+    they were typed, in lines as they were."""
+    return [{**message, "content": html.escape(message["content"])} for message in messages]
+
+
 def chatted(demo: Demo, request, model, system, message, said, sliders, seed):
     """(window, messages, question, note) while the model answers; messages: [{"role", "content"}]."""
     stop = demo.begin(request, "chat")
@@ -180,7 +193,7 @@ def chatted(demo: Demo, request, model, system, message, said, sliders, seed):
         yield gr.skip(), gr.skip(), gr.skip(), page.note("Type a message first.")
         return
     asked = [*said, {"role": "user", "content": message}]
-    yield asked, gr.skip(), "", page.note(f"Waiting for {model} …")
+    yield bubbles(asked), gr.skip(), "", page.note(f"Waiting for {model} …")
     try:
         settings, text = settings_of(*sliders), None
         whole = [{"role": "system", "content": system}] * bool(system.strip()) + asked
@@ -189,10 +202,10 @@ def chatted(demo: Demo, request, model, system, message, said, sliders, seed):
             return chat_ids(loaded, messages, settings["max_new_tokens"])
         for text in stream(demo.models, model, whole, settings, seed_of(seed), stop, ids_of):
             answer = {"role": "assistant", "content": text.text or "…"}
-            yield [*asked, answer], gr.skip(), gr.skip(), gr.skip()
+            yield bubbles([*asked, answer]), gr.skip(), gr.skip(), gr.skip()
         shown = {"role": "assistant", "content": text.text.strip() or "(no words: it ended at once)"}
         kept = [*asked, {"role": "assistant", "content": text.text}]
         below = " · ".join(filter(None, (text.figures(), text.note)))
-        yield [*asked, shown], kept, gr.skip(), page.note(below)
+        yield bubbles([*asked, shown]), kept, gr.skip(), page.note(below)
     except Exception as error:
-        yield said, gr.skip(), message, page.refused(told(error))
+        yield bubbles(said), gr.skip(), message, page.refused(told(error))

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 
 import gradio as gr
@@ -11,7 +10,7 @@ from stentor.conversation import tokens
 from stentor.demo import page
 from stentor.demo.generating import probabilities, prompt_ids, settings_of, stream
 from stentor.demo.tab import WAITING, Demo, model_choice, sampling, seed_of, stop_button, told
-from stentor.files import ParameterError
+from stentor.files import ParameterError, write_atomically
 
 FIRST_PROMPT = "Once upon a time"          # a widget of the cards
 COMPLETIONS, KEPT = 5, 50                  # of one prompt, as the card's space; in the history
@@ -33,7 +32,8 @@ def generate_tab(demo: Demo) -> None:
                 start = gr.Button("Generate", variant="primary", min_width=120)
                 stop_button(demo, "generate")
         with gr.Column(scale=3, min_width=300):
-            shown = gr.HTML(page.note("What the model writes appears here."), elem_id="generated", padding=False)
+            shown = gr.HTML(page.note("What the model writes appears here."),
+                            elem_id="generated", padding=False)
     with gr.Accordion("History", open=False):
         rows = gr.HTML(page.history([]), elem_id="history", padding=False)
         file = gr.DownloadButton("Download as JSON", interactive=False, size="sm")
@@ -63,7 +63,7 @@ def completions_of(demo: Demo, request, model, prompt, sliders, seed, count, pas
                 yield page.cards([*done, page.card(text, title)]), *same
             done.append(page.card(text, title))
             past = [*past, _record(model, settings, first + i, text)][-KEPT:]
-            yield page.cards(done), past, page.history(past), _download(demo, past)
+            yield page.cards(done), past, page.history(past), _download(demo, request, past)
             if stop.is_set():
                 break
     except Exception as error:
@@ -78,12 +78,10 @@ def _record(model: str, settings: dict, seed: int, text) -> dict:
             "tokens_per_second": round(text.speed, 1), "ended": text.ended}
 
 
-def _download(demo: Demo, past: list[dict]) -> gr.DownloadButton:
-    """The button with the history's file, whose name nobody else can guess."""
-    folder = demo.folder / secrets.token_urlsafe(16)
-    folder.mkdir(parents=True)
-    path = folder / "stentor-history.json"
-    path.write_text(json.dumps(past, indent=1, ensure_ascii=False), encoding="utf-8")
+def _download(demo: Demo, request, past: list[dict]) -> gr.DownloadButton:
+    """The button with the history's file."""
+    path = demo.private(request) / "stentor-history.json"
+    write_atomically(path, json.dumps(past, indent=1, ensure_ascii=False))
     return gr.DownloadButton(value=str(path), interactive=True)
 
 
@@ -99,11 +97,12 @@ def explorer_tab(demo: Demo) -> None:
                                 max_lines=14)
             chosen = sampling(demo, model, chips=False, open=False)
             with gr.Row():
-                start = gr.Button("Generate", variant="primary", min_width=90)
-                judge = gr.Button("Judge text", min_width=90)
-                stop_button(demo, "explore")
+                start = gr.Button("Generate", variant="primary", size="md", min_width=90)
+                judge = gr.Button("Judge text", size="md", min_width=90)
+                stop_button(demo, "explore", size="md")
         with gr.Column(scale=4, min_width=300):
-            shown = gr.HTML(page.legend(), elem_id="explorer", padding=False, js_on_load=page.explorer_script())
+            shown = gr.HTML(page.legend(), elem_id="explorer", padding=False,
+                            js_on_load=page.explorer_script())
 
     def explore(model, prompt, temperature, top_p, repetition_penalty, max_new_tokens, seed,
                 request: gr.Request = None):
