@@ -23,8 +23,7 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     learner stopping    model, optimiser and average in one; signals and the deadline
     train process       Run.train, the one loop; our own processes, `launch` the one that trains
     benchmark/ card/    scores with intervals; the model card, and the check of it; `publish`
-    inference speed     what the cards recommend for sampling; what generation costs
-    decoding serving    a small model writes ahead of a large one; an OpenAI-compatible server
+    inference decoding  the cards' sampling; a draft writes ahead; `speed`, `serving` over HTTP
     statistics charts   intervals and repetition; one palette and one way to draw
     notebooks results   executing notebooks; the tables of runs; `commands` is the command line
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
@@ -45,8 +44,7 @@ from stentor.card import check_model_card, measure_limitations, write_model_card
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
-from stentor.decoding import (                                                                      # noqa: F401
-    assisted, compare_decoding, decoding_problems, same_tokenizer, speculative)
+from stentor.decoding import assisted, compare_decoding, same_tokenizer, speculative                # noqa: F401
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
@@ -57,14 +55,12 @@ from stentor.kaggle import how_to_go_on, internet, on_kaggle, room_problem, stop
 from stentor.growth import (                                                                        # noqa: F401
     copied_share, grow_model, growth_problems, larger_shape, layer_origins, matrices, model_problems,
     shape_of)
-from stentor.inference import (                                                                     # noqa: F401
-    GUIDES, guide_for, guide_record, guide_table, presets, recommended)
+from stentor.inference import GUIDES, guide_for, guide_record, guide_table, presets, recommended    # noqa: F401
 from stentor.launch import environment, launch                                                      # noqa: F401
 from stentor.lesson import (                                                                        # noqa: F401
     budget_table, card_table, precision_table, show_source, summary_table, write_samples)
 from stentor.loss import use_chunked_loss                                                           # noqa: F401
-from stentor.model import (                                                                         # noqa: F401
-    GENERATION, build_model, generate, initialize_weights, sampling_of)
+from stentor.model import GENERATION, build_model, generate, initialize_weights, sampling_of        # noqa: F401
 from stentor.opening import open_run, rules                                                         # noqa: F401
 from stentor.optimizers import parameter_groups                                                     # noqa: F401
 from stentor.parameters import (                                                                    # noqa: F401
@@ -74,8 +70,7 @@ from stentor.preparing import prepare_tokens                                    
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
-from stentor.serving import (                                                                       # noqa: F401
-    ask_server, serve_command, serving, serving_commands, serving_problems)
+from stentor.serving import ask_server, serve_command, serving, serving_commands, serving_problems  # noqa: F401
 from stentor.session import (                                                                       # noqa: F401
     find_outputs, find_profile, hours_left, run_problem, session_end, writable_run)
 from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget                # noqa: F401

@@ -68,7 +68,7 @@ def test_speculative_text_is_plain_greedy_text_on_100_prompts(trio, target, draf
     assert theirs["raised"] == 0 or "bpe" in (target, draft), rows
     assert ours["proposed"] > 100 and ours["acceptance"]["share"] < 1, ours         # the draft is heard, and is not the target
     assert ours["acceptance"]["share"] > 0 or "bpe" in (target, draft), ours
-    assert ours["acceptance"]["low"] < ours["acceptance"]["share"] < ours["acceptance"]["high"]
+    assert ours["acceptance"]["low"] <= ours["acceptance"]["share"] < ours["acceptance"]["high"]
     assert ours["tokens_per_pass"] >= 1 and all(row["speed_up"] > 0 for row in rows)
 
 
