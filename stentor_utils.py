@@ -48,7 +48,6 @@ from stentor.cards import card_prompts, departures                              
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
 from stentor.corpus import clean_text, local_corpus                                                 # noqa: F401
-from stentor.decoding import assisted, compare_decoding, decoding_problems, same_tokenizer, speculative  # noqa: F401
 from stentor.engine import Engine, evaluate                                                         # noqa: F401
 from stentor.files import (                                                                         # noqa: F401
     CheckpointError, FeedStopped, ParameterError, RunLock, SourceError, StentorError, TrainingFailed, duration,
@@ -72,10 +71,8 @@ from stentor.preparing import prepare_tokens                                    
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
 from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
-from stentor.serving import ask_server, serve_command, serving, serving_commands, serving_problems  # noqa: F401
 from stentor.session import find_outputs, find_profile, hours_left, run_problem, session_end, writable_run  # noqa: F401
 from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget, weight_bytes  # noqa: F401
-from stentor.speed import generation_speed, replacement_rate                                        # noqa: F401
 from stentor.sources import clean_documents, documents, pin_revision                                # noqa: F401
 from stentor.tokenizer import (                                                                     # noqa: F401
     encode_documents, find_vocabulary, fit_to_tokenizer, load_tokenizer, open_tokenizer,
@@ -84,7 +81,8 @@ from stentor.tokens import TokenStore, plan_sources, source_names               
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 from stentor.watching import watching                                                               # noqa: F401
 
-LATE = ("benchmark", "charts", "curriculum", "demo", "export", "master_test", "payoff")
+LATE = ("benchmark", "charts", "curriculum", "decoding", "demo", "export", "master_test", "payoff", "serving",
+        "speed")
 
 
 def __getattr__(name: str):

@@ -57,7 +57,7 @@ def assisted(target, draft, tokenizer, draft_tokenizer, *, matched: bool | None 
     if not same and do_sample:
         raise ParameterError(["do_sample = True across vocabularies: transformers cuts the draft's "
                               "lm_head down in place and drops its repetition penalty; take "
-                              "su.speculative(..., do_sample=True)."])
+                              "su.decoding.speculative(..., do_sample=True)."])
     both = {} if same else {"tokenizer": tokenizer, "assistant_tokenizer": draft_tokenizer}
     return {"assistant_model": draft, "do_sample": do_sample, **both}
 

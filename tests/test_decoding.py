@@ -61,7 +61,7 @@ def starts(tokenizer, count=100):
 def test_speculative_text_is_plain_greedy_text_on_100_prompts(trio, target, draft):
     """Matched, a TokenMonster draft for a BPE target, and the other way: by transformers and by our loop."""
     (model, tokenizer), (small, its) = opened(trio[target]), opened(trio[draft])
-    rows = su.compare_decoding(model, small, starts(tokenizer), NEW, tokenizer=tokenizer, draft_tokenizer=its)
+    rows = su.decoding.compare_decoding(model, small, starts(tokenizer), NEW, tokenizer=tokenizer, draft_tokenizer=its)
     plain, theirs, ours = rows
     assert plain["equal"] == ours["equal"] == ours["n"] == 100 and ours["raised"] == 0, rows
     assert theirs["equal"] + theirs["raised"] == 100, rows           # theirs fails on some texts, and never lies
@@ -75,7 +75,7 @@ def test_speculative_text_is_plain_greedy_text_on_100_prompts(trio, target, draf
 def test_the_target_as_its_own_draft_is_accepted_whole(trio):
     model, tokenizer = opened(trio["target"])
     for ids in starts(tokenizer, 5):
-        made = su.speculative(model, copy.deepcopy(model), ids, NEW, tokenizer=tokenizer, draft_tokenizer=tokenizer)
+        made = su.decoding.speculative(model, copy.deepcopy(model), ids, NEW, tokenizer=tokenizer, draft_tokenizer=tokenizer)
         assert made.proposed == made.accepted > 0 and made.passes <= -(-NEW // 6) + 1
 
 
@@ -84,19 +84,19 @@ def test_equal_sizes_of_different_tokenizers_are_refused_in_one_sentence(tiny):
     words = [f" {word}".encode() for word in "another vocabulary of the same size".split()]
     other = tm.TokenMonsterTokenizer.from_vocabulary(
         tm.Vocabulary.from_tokens(words, capcode=0, include="all256"), vocab_size=len(tiny.tokenizer))
-    assert len(other) == len(tiny.tokenizer) and not su.same_tokenizer(other, tiny.tokenizer)
+    assert len(other) == len(tiny.tokenizer) and not su.decoding.same_tokenizer(other, tiny.tokenizer)
     model = su.build_model(tiny.recipe.shape)
-    for call in (lambda: su.assisted(model, model, tiny.tokenizer, other, matched=True),
-                 lambda: su.speculative(model, model, [1], 4, tokenizer=tiny.tokenizer, draft_tokenizer=other, matched=True)):
+    for call in (lambda: su.decoding.assisted(model, model, tiny.tokenizer, other, matched=True),
+                 lambda: su.decoding.speculative(model, model, [1], 4, tokenizer=tiny.tokenizer, draft_tokenizer=other, matched=True)):
         with pytest.raises(su.ParameterError, match="of one size, vocab_size = .* different tokenizers") as caught:
             call()
         assert len(caught.value.problems) == 1
-    both = su.assisted(model, model, tiny.tokenizer, other)          # left to itself it goes by way of text
+    both = su.decoding.assisted(model, model, tiny.tokenizer, other)          # left to itself it goes by way of text
     assert both["assistant_tokenizer"] is other
     with pytest.raises(su.ParameterError, match="do_sample = True across"):
-        su.assisted(model, model, tiny.tokenizer, other, do_sample=True)
+        su.decoding.assisted(model, model, tiny.tokenizer, other, do_sample=True)
     with pytest.raises(su.ParameterError, match="do not fit"):
-        su.speculative(model, model, [1], 1000, tokenizer=tiny.tokenizer, draft_tokenizer=tiny.tokenizer)
+        su.decoding.speculative(model, model, [1], 1000, tokenizer=tiny.tokenizer, draft_tokenizer=tiny.tokenizer)
 
 
 def test_saved_folders_assist_and_stream_with_transformers_alone(trio, tmp_path):
@@ -128,12 +128,12 @@ def test_streaming_gives_the_text_and_stops_where_it_ends(trio, draft):
     from transformers import TextIteratorStreamer
     (model, tokenizer), (small, its) = opened(trio["target"]), opened(trio[draft])
     ids = tokenizer("The statement", add_special_tokens=False)["input_ids"]
-    plain = su.speculative(model, small, ids, 40, tokenizer=tokenizer, draft_tokenizer=its).ids
+    plain = su.decoding.speculative(model, small, ids, 40, tokenizer=tokenizer, draft_tokenizer=its).ids
     end = plain[len(plain) // 2]                                     # as if that were EOS
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     results = []
-    thread = threading.Thread(target=lambda: results.append(su.speculative(
+    thread = threading.Thread(target=lambda: results.append(su.decoding.speculative(
         model, small, ids, 40, tokenizer=tokenizer, draft_tokenizer=its, streamer=streamer)))
     thread.start()
     text = "".join(streamer)
@@ -206,7 +206,7 @@ def test_sampling_by_models_has_the_targets_distribution(across):
     prompt, times = [1, 3], 400
     counts = np.zeros(8)
     for seed in range(times):
-        made = su.speculative(target, draft, prompt, 2, tokenizer=tokenizer, draft_tokenizer=Letters() if across else tokenizer,
+        made = su.decoding.speculative(target, draft, prompt, 2, tokenizer=tokenizer, draft_tokenizer=Letters() if across else tokenizer,
                               matched=not across, draft_tokens=2, do_sample=True, seed=seed)
         counts[made.ids[1]] += 1
     with torch.inference_mode():
@@ -277,11 +277,11 @@ def test_the_server_of_a_folder_answers_as_su_generate(trio, tmp_path):
     pytest.importorskip("uvicorn")
     pytest.importorskip("openai")
     model, tokenizer = opened(trio["target"])
-    with su.serving(trio["target"]) as url:
+    with su.serving.serving(trio["target"]) as url:
         body = {"model": str(trio["target"]), "max_tokens": 12, "temperature": 0}
-        said = su.ask_server(url, "/v1/completions", prompt="The statement", **body)
-        chat = su.ask_server(url, "/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}], **body)
-        other = su.ask_server(url, "/v1/completions", prompt="The statement", **{**body, "model": str(trio["bpe"])})
+        said = su.serving.ask_server(url, "/v1/completions", prompt="The statement", **body)
+        chat = su.serving.ask_server(url, "/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}], **body)
+        other = su.serving.ask_server(url, "/v1/completions", prompt="The statement", **{**body, "model": str(trio["bpe"])})
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True)
     wanted = su.generate(model, tokenizer, ["The statement", asked], max_new_tokens=12, do_sample=False)
     assert [said["choices"][0]["text"], chat["choices"][0]["message"]["content"]] == wanted
@@ -296,11 +296,11 @@ def test_a_folder_with_another_s_code_is_not_served(trio, tmp_path):
                          (lambda folder: (folder / "tokenizer_config.json").write_text(foreign), "auto_map")):
         folder = tmp_path / says
         shutil.copytree(trio["target"], folder)
-        assert not [text for text in su.serving_problems(folder) if "brings code" in text]
+        assert not [text for text in su.serving.serving_problems(folder) if "brings code" in text]
         change(folder)
-        assert [says in text for text in su.serving_problems(folder) if "brings code" in text] == [True]
-    assert "--trust-remote-code" in su.serve_command(trio["target"]) and "127.0.0.1" in su.serve_command(trio["target"])
-    assert "--trust-remote-code" not in su.serve_command(trio["bpe"])
+        assert [says in text for text in su.serving.serving_problems(folder) if "brings code" in text] == [True]
+    assert "--trust-remote-code" in su.serving.serve_command(trio["target"]) and "127.0.0.1" in su.serving.serve_command(trio["target"])
+    assert "--trust-remote-code" not in su.serving.serve_command(trio["bpe"])
 
 
 def test_speed_and_broken_characters_are_counted(tiny):
@@ -309,10 +309,10 @@ def test_speed_and_broken_characters_are_counted(tiny):
     def reply(ids, count):
         calls.append((tuple(ids), count))
         return list(range(count))
-    found = su.generation_speed(reply, [[1, 2], [3]], 7)
+    found = su.speed.generation_speed(reply, [[1, 2], [3]], 7)
     assert found["tokens"] == 14 and found["memory_bytes"] > 1e6 and found["first_token_seconds"] < found["seconds"] + 1
     assert calls == [((1, 2), 2), ((1, 2), 1), ((3,), 1), ((1, 2), 7), ((3,), 7)]
     model = su.build_model(tiny.recipe.shape)                        # untrained: bytes at random, most of them not UTF-8
     settings = [{"temperature": 5.0, "top_p": 1.0}, {"do_sample": False}]
-    random, greedy = su.replacement_rate(model, tiny.tokenizer, ["a"] * 4, settings, max_new_tokens=12)
+    random, greedy = su.speed.replacement_rate(model, tiny.tokenizer, ["a"] * 4, settings, max_new_tokens=12)
     assert random["hits"] == 4 and random["share"] == 1 and random["low"] < 1 and greedy["n"] == 4
