@@ -43,7 +43,6 @@ import sys
 from stentor import conversation, statistics, vocabulary                                           # noqa: F401
 from stentor.alone import (                                                                         # noqa: F401
     EFFORT, bring, build_tokenizer, find_model, offline_problem, published_model, read_source)
-from stentor.card import check_model_card, described_models, measure_limitations, write_model_card  # noqa: F401
 from stentor.cards import card_prompts, departures                                                  # noqa: F401
 from stentor.checkpoints import (                                                                   # noqa: F401
     check_run, checkpoint_folders, load_checkpoint, save_checkpoint, verify_checkpoint)
@@ -69,7 +68,6 @@ from stentor.parameters import (                                                
 from stentor.precision import apply_precision_recipe, rename_weight_master                          # noqa: F401
 from stentor.preparing import prepare_tokens                                                        # noqa: F401
 from stentor.published import ALL_RECIPES, CURRICULA, RECIPES, REPAIRED, TUNED, card_recipe, find_recipe       # noqa: F401
-from stentor.publish import publish                                                                 # noqa: F401
 from stentor.recipes import Recipe, Source, cpu_has_bf16                                            # noqa: F401
 from stentor.session import find_outputs, find_profile, hours_left, run_problem, session_end, writable_run  # noqa: F401
 from stentor.shapes import Shape, count_parameters, kv_cache_bytes, parameter_budget, weight_bytes  # noqa: F401
@@ -81,16 +79,18 @@ from stentor.tokens import TokenStore, plan_sources, source_names               
 from stentor.train import TrainingDiverged, train                                                   # noqa: F401
 from stentor.watching import watching                                                               # noqa: F401
 
-LATE = ("benchmark", "charts", "curriculum", "decoding", "demo", "export", "master_test", "payoff", "serving",
-        "speed")
+# What not every notebook carries, or every image has the packages for: modules, and names of modules.
+LATE = ("benchmark", "charts", "curriculum", "decoding", "demo", "export", "master_test", "payoff", "serving", "speed")
+LATE_NAMES = {"check_model_card": "card", "described_models": "card", "measure_limitations": "card",
+              "write_model_card": "card", "publish": "publish"}
 
 
 def __getattr__(name: str):
-    """`su.benchmark`, `su.charts` and the rest of LATE, when they are asked for: lm_eval is not in every
-    image, matplotlib is not needed by what trains, and what only 07 or 09 call is not in every notebook."""
-    if name not in LATE:
+    """`su.charts`, `su.write_model_card` and the rest of LATE and LATE_NAMES, when they are asked for."""
+    if name not in LATE and name not in LATE_NAMES:
         raise AttributeError(f"stentor_utils has no {name!r}")
-    return importlib.import_module(f"stentor.{name}")
+    module = importlib.import_module(f"stentor.{LATE_NAMES.get(name, name)}")
+    return getattr(module, name) if name in LATE_NAMES else module
 
 
 if __name__ == "__main__":

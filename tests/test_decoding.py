@@ -87,7 +87,8 @@ def test_equal_sizes_of_different_tokenizers_are_refused_in_one_sentence(tiny):
     assert len(other) == len(tiny.tokenizer) and not su.decoding.same_tokenizer(other, tiny.tokenizer)
     model = su.build_model(tiny.recipe.shape)
     for call in (lambda: su.decoding.assisted(model, model, tiny.tokenizer, other, matched=True),
-                 lambda: su.decoding.speculative(model, model, [1], 4, tokenizer=tiny.tokenizer, draft_tokenizer=other, matched=True)):
+                 lambda: su.decoding.speculative(model, model, [1], 4, tokenizer=tiny.tokenizer, draft_tokenizer=other,
+                                                 matched=True)):
         with pytest.raises(su.ParameterError, match="of one size, vocab_size = .* different tokenizers") as caught:
             call()
         assert len(caught.value.problems) == 1
@@ -206,7 +207,8 @@ def test_sampling_by_models_has_the_targets_distribution(across):
     prompt, times = [1, 3], 400
     counts = np.zeros(8)
     for seed in range(times):
-        made = su.decoding.speculative(target, draft, prompt, 2, tokenizer=tokenizer, draft_tokenizer=Letters() if across else tokenizer,
+        made = su.decoding.speculative(target, draft, prompt, 2, tokenizer=tokenizer,
+                                       draft_tokenizer=Letters() if across else tokenizer,
                               matched=not across, draft_tokens=2, do_sample=True, seed=seed)
         counts[made.ids[1]] += 1
     with torch.inference_mode():
@@ -299,7 +301,8 @@ def test_a_folder_with_another_s_code_is_not_served(trio, tmp_path):
         assert not [text for text in su.serving.serving_problems(folder) if "brings code" in text]
         change(folder)
         assert [says in text for text in su.serving.serving_problems(folder) if "brings code" in text] == [True]
-    assert "--trust-remote-code" in su.serving.serve_command(trio["target"]) and "127.0.0.1" in su.serving.serve_command(trio["target"])
+    command = su.serving.serve_command(trio["target"])
+    assert "--trust-remote-code" in command and "127.0.0.1" in command
     assert "--trust-remote-code" not in su.serving.serve_command(trio["bpe"])
 
 
