@@ -27,7 +27,8 @@ Where does what happen? In stentor/, in the order of a token's journey; each fil
     decoding serving    a small model writes ahead of a large one; an OpenAI-compatible server
     export/             GGUF, ONNX, quantised folders: written, and held against the model
     statistics charts   intervals and repetition; one palette and one way to draw
-    notebooks results   executing notebooks; the tables of runs; `commands` is the command line; `gallery`
+    notebooks results   executing notebooks; the tables of runs; `commands` is the command line
+    reporting gallery   the figures of README.md and docs/, sealed; their pictures
     kaggle bundle       attached runs taken over; notebooks that carry the house with them
     vocabulary alone    a vocabulary built from text; what a notebook takes where no other ran
     curriculum payoff   stages one after the other; whether growing pays, over compute
