@@ -101,7 +101,7 @@ class OpenRun:
 
 
 def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "",
-             published: str | None = None, without_runs: bool = False) -> OpenRun:
+             published: str | None = None, without_runs: str | None = None) -> OpenRun:
     """Check a notebook's parameters and all that they name, before any work, creating nothing.
 
     On Kaggle one thing is done before that: what an attached input holds of this run, and this session
@@ -117,7 +117,8 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "",
     makes: the folder inside the run that the notebook writes to; None: it reads runs, which must be
         there, and hardware and deadline are no matter.
     published: "hf:owner/name" that stands in for a model that nobody has trained or attached.
-    without_runs: with makes=None; where no run is found at all, names and dirs are empty.
+    without_runs: with makes=None; the RUN (the notebook's own default) for which names and dirs are
+    empty where no run is found at all; any other that is not there is refused.
 
     A run that trains and has no tokenizer gets one: the released one, or, once nothing is wrong, one
     built from its text; nothing is written yet (`keep_tokenizer`).
@@ -137,7 +138,7 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "",
                 problems += _take_over(find_run(find_outputs(given["OUTPUTS"]), name),
                                        leave=("tokens", "checkpoints"))
         problems += _find_folders(run, given, makes, published)
-        if problems and without_runs and not any_run(run.outputs, run.names):
+        if problems and given["RUN"] == without_runs and not any_run(run.outputs, run.names):
             print(f"RUN = {shown(given['RUN'])}: there is no run in {run.outputs}, and none is "
                   "attached; what is published is taken alone.")
             problems.pop()                            # the last one says that it is not there

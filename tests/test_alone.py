@@ -180,16 +180,16 @@ def test_a_disk_without_room_is_said_before_any_work(tiny, tmp_path, monkeypatch
 
 def test_charts_need_no_run_but_a_misspelt_one_is_refused(tmp_path, capsys):
     reads, given = su.rules("OUTPUTS", RUN=su.run_names), {"OUTPUTS": str(tmp_path), "RUN": "demo"}
-    run = su.open_run(dict(given), reads, makes=None, without_runs=True)
+    run = su.open_run(dict(given), reads, makes=None, without_runs=given["RUN"])
     assert (run.names, run.dirs) == ([], []) and "what is published is taken alone" in capsys.readouterr().out
     (tmp_path / "published" / "charts").mkdir(parents=True)                         # as 06 leaves it
-    assert su.open_run(dict(given), reads, makes=None, without_runs=True).names == []
+    assert su.open_run(dict(given), reads, makes=None, without_runs=given["RUN"]).names == []
     with pytest.raises(su.ParameterError, match="is not in"):
         su.open_run(dict(given), reads, makes=None)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.jsonl").write_text("")
     with pytest.raises(su.ParameterError, match="which holds other"):
-        su.open_run(dict(given), reads, makes=None, without_runs=True)
+        su.open_run(dict(given), reads, makes=None, without_runs=given["RUN"])
 
 
 def test_the_image_is_held_as_it_is():

@@ -296,7 +296,7 @@ def test_08_writes_formats_that_say_the_same_and_their_card(chain):
       "its name is taken"]),
     ("02_pretrain_t4", ["TOKENBUDGET=5"], ["TOKENBUDGET is not a parameter", "did you mean TOKEN_BUDGET?"]),
     ("02_pretrain_t4", ["RECIPE=stentor2-12n", "TOKEN_BUDGET=-5"], ["did you mean stentor2-12m?", "TOKEN_BUDGET = -5"]),
-    ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "tokenizer"]),
+    ("02_pretrain_t4", ["OVERRIDES={'num_attention_heads': 3}"], ["num_attention_heads = 3", "num_key_value_heads = 2"]),
     ("02_pretrain_t4", ["RUN=../evil"], ["RUN = '../evil' must be a plain name"]),
     ("02_pretrain_t4", ["OUTPUTS=/proc/nowhere"], ["OUTPUTS = '/proc/nowhere' is not a folder that can be written to"]),
     ("01_tokenizer", ["VOCABULARY={folder}/cut.vocab"], ["cut.vocab"]),
