@@ -490,7 +490,7 @@ def test_09_tries_every_tab_opens_the_page_and_ends(outputs, tmp_path):
     cells = json.loads((tmp_path / "outputs/run/notebooks/09_demo.ipynb").read_text())["cells"]
     shown = {cell["id"]: "".join("".join(output.get("data", {}).get("text/html", "")) for output in cell.get("outputs", []))
              for cell in cells}
-    assert shown["write"].count("The function") == 1 and shown["sweep"].count("<article") == 3
+    assert shown["generate"].count("The function") == 1 and shown["sweep"].count("<article") == 3
     assert shown["sure"].count("data-facts") >= 3 and shown["arena"].count("<article") == 2 and "No votes yet" in shown["arena"]
     assert "tokens/s" in shown["ask"] and not (tmp_path / "outputs" / "arena_votes.jsonl").exists()
 

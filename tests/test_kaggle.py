@@ -458,13 +458,16 @@ def test_a_built_notebook_is_the_same_notebook_small_enough_and_says_where_it_is
     assert notebook.metadata.kaggle == bundle.kaggle_metadata(name)
 
 
-def test_what_one_notebook_alone_imports_is_in_that_one_alone():
+def test_what_few_notebooks_import_is_in_those_alone():
     """Or every notebook carries what 07 calls, and 04 grows beyond what Kaggle takes."""
-    for name, row in bundle.table().items():
-        for other in NAMES:
-            assert set(row.get("with", [])) <= set(bundle.carried(other)) if other == name else (
-                not set(row.get("with", [])) & set(bundle.carried(other)))
-    assert "stentor/payoff.py" in bundle.carried("07_growth")
+    rows = bundle.table()
+    patterns = {pattern for row in rows.values() for pattern in row.get("with", [])}
+    assert {"stentor/payoff.py", "stentor/demo/*", "stentor/card/*.py"} <= patterns
+    for pattern in patterns:
+        files = {path.relative_to(REPO).as_posix() for path in REPO.glob(pattern) if path.suffix == ".py"}
+        assert files, pattern
+        for name in NAMES:
+            assert files & set(bundle.carried(name)) == (files if pattern in rows[name].get("with", []) else set()), name
 
 
 def test_too_large_a_notebook_is_refused(tmp_path, monkeypatch):
