@@ -112,7 +112,7 @@ def _six(run_dir: Path):
             ("reliability.json", "files that differ after kills, of runs left alone", _kills),
             (f"{run_dir.name}/growth/payoff.json", "growing a small model against from scratch",
              lambda found: found["verdict"]["sentence"]),
-            (f"{run_dir.name}/export/export.json", "exported formats with the very same tokens",
+            (f"{run_dir.name}/export/export.json", "prompts whose greedy continuation is transformers', token for token",
              _same_tokens)):
         if (outputs / path).is_file():
             files.append(f"outputs/{path}")
@@ -139,9 +139,9 @@ def _kills(found: dict) -> str:
 
 
 def _same_tokens(found: dict) -> str | None:
-    exact = [row for row in found["formats"] if row.get("claims_exactness")]
-    same = sum(row["greedy_equal"] == row["prompts"] for row in exact)
-    return exact and f"{same} of {len(exact)}"
+    """Of the formats that compute in FP32 elsewhere, and so claim to be exact."""
+    return ", ".join(f"{row['format']} {row['greedy_equal']} of {row['greedy_of']}"
+                     for row in found["formats"] if row["format"] in ("gguf-f32", "onnx")) or None
 
 
 def _minutes(run_dir: Path):

@@ -547,7 +547,7 @@ SMALL = {"01_tokenizer": {"SAMPLE_MB": 1, "TIME_BUDGET_SECONDS": 10}, "02_pretra
          "03_pretrain_tpu": {"TOKEN_BUDGET": 300_000}, "04_instruct_sft": {"SEEDS": [0], "LIMIT": 32},
          "05_benchmark": {"PAIRS": 20}, "06_charts": {"CONTINUATIONS": 4},
          "07_growth": {"TOKEN_BUDGET": 10_000, "TRIAL_TOKENS": 6_000, "SEEDS": [42], "FRAGMENTS": 1},
-         "08_export": {"FORMATS": ["fp16", "onnx"], "CONTINUATIONS": 4, "NEW_TOKENS": 8, "WINDOWS": 4},
+         "08_export": {"FORMATS": ["fp16", "onnx"], "CONTINUATIONS": 4, "NEW_TOKENS": 8, "WINDOWS": 4, "INSTALL": False},
          "09_demo": {"MAX_NEW_TOKENS": 8, "STAY_OPEN": False}}
 
 
