@@ -252,6 +252,7 @@ def test_07_says_whether_growing_pays_and_logs_the_master_test(growth):
     payoff = json.loads((folder / "payoff.json").read_text())
     assert set(payoff["runs"]) == {"base", "grown 60%", "grown 100%", "copied", "scratch"} and payoff["machine"]["cpu_count"]
     assert payoff["verdict"]["sentence"] in shown
+    assert su.check_model_card(folder.parent, of="growth") == []
     log = json.loads((folder / "master_test.json").read_text())["log"]
     assert len(log) == 2 * 10 and {row["model"] for row in log} == {"base", "grown and trained"}
     assert all({"prompt", "text", "temperature", "max_new_tokens", "degenerate"} <= set(row) for row in log)

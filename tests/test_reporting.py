@@ -1,0 +1,56 @@
+"""Figures of a page: written from a run's files, sealed, and found again when somebody types over them."""
+import json
+
+import pytest
+
+import stentor_utils as su
+from stentor.reporting import BLOCK, block_problems, sealed, write_results
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "outputs" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"eval_loss": 4.5}))
+    (folder / "samples.json").write_text(json.dumps({"samples": [
+        {"prompt": f"Prompt {i}", "text": f" text\n{i} <b>"} for i in range(5)]}))
+    return folder
+
+
+def page_of(tmp_path, *blocks):
+    page = tmp_path / "README.md"
+    page.write_text("# A page\n\n" + "\n\n".join(blocks) + "\n\nThe end.\n")
+    return page
+
+
+def test_a_block_is_written_from_its_files_and_a_changed_figure_is_found(run_dir, tmp_path):
+    page = page_of(tmp_path, sealed("samples", "old", ["outputs/demo/samples.json"]),
+                   sealed("bench-speed", "kept 12", ["outputs/benchmarks/speed.md"]))
+    assert write_results(run_dir, page) == ["samples"]
+    text = page.read_text()
+    assert text.startswith("# A page\n\n") and text.endswith("\n\nThe end.\n") and "old" not in text
+    assert "> **Prompt 2** text 2 &lt;b>" in text and "Prompt 3" not in text and "kept 12" in text
+    assert "outputs/demo/samples.json; " in text and "cores; commit " in text
+    assert block_problems(text) == []
+    changed = block_problems(text.replace("text 2", "text 9").replace("kept 12", "kept 13"))
+    assert [problem.split()[2] for problem in changed] == ["samples", "bench-speed"]
+    assert write_results(run_dir, page) and block_problems(page.read_text()) == []
+
+
+def test_a_benchmark_that_was_run_again_takes_its_place(run_dir, tmp_path):
+    page = page_of(tmp_path, sealed("bench-speed", "kept 12", ["outputs/benchmarks/speed.md"]))
+    (run_dir.parent / "benchmarks").mkdir()
+    (run_dir.parent / "benchmarks" / "speed.md").write_text("| speed |\n|---|\n| 14 |\n")
+    assert write_results(run_dir, page) == ["bench-speed"]
+    block, = BLOCK.finditer(page.read_text())
+    assert "| 14 |" in block["text"] and "kept 12" not in block["text"]
+
+
+def test_what_cannot_be_written_is_said(run_dir, tmp_path):
+    with pytest.raises(su.ParameterError, match="name README.md"):
+        write_results(run_dir, tmp_path / "nowhere.md")
+    with pytest.raises(su.ParameterError, match="'speed' is none of"):
+        write_results(run_dir, page_of(tmp_path, sealed("speed", "12", ["outputs/speed.json"])))
+    with pytest.raises(su.ParameterError, match="summary.json cannot be read"):
+        write_results(tmp_path / "no-run", page_of(tmp_path))
+    assert "names no file" in block_problems(sealed("samples", "old", []))[0]
