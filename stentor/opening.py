@@ -156,12 +156,16 @@ def open_run(namespace: dict, spec: dict, *checks, makes: str | None = "",
     if problems:
         raise ParameterError(problems)
     if run.tokenizer_dir and run.tokenizer is None:
-        print(f"TOKENIZER: there is no {run.tokenizer_dir}; one is built from the recipe's text, "
-              "as 01_tokenizer does it.", flush=True)
-        run.tokenizer, run.report = build_tokenizer(run.recipe, run.profile)
-        run.recipe = fit_to_tokenizer(run.recipe, run.tokenizer)
+        _build_tokenizer(run)
     namespace.update(given)
     return run
+
+
+def _build_tokenizer(run: OpenRun) -> None:
+    print(f"TOKENIZER: there is no {run.tokenizer_dir}; one is built from the recipe's text, "
+          "as 01_tokenizer does it.", flush=True)
+    run.tokenizer, run.report = build_tokenizer(run.recipe, run.profile)
+    run.recipe = fit_to_tokenizer(run.recipe, run.tokenizer)
 
 
 def _find_folders(run: OpenRun, given: dict, makes: str | None, published) -> list[str]:
