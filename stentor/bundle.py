@@ -31,7 +31,8 @@ BRANCH = "kaggle"                      # of the repository, where links find the
 
 
 def table() -> dict[str, dict]:
-    """{notebook: {"accelerator", "after", "files", "without"}}; "with": files that only it imports."""
+    """{notebook: {"accelerator", "after", "files", "without"}}; "with": files that only the notebooks
+    which name them import."""
     return json.loads((HERE / "kaggle" / "notebooks.json").read_text())
 
 
