@@ -73,10 +73,10 @@ def write_samples(run_dir, model, tokenizer, prompts: list[str] | None, *, seed:
         print(f"{prompt} >>>{text}\n")
 
 
-def show_source(function):
-    """The source of a function or class of the house, for the lesson that explains it."""
+def show_source(*things):
+    """The source of functions and classes of the house, for the lesson that explains them."""
     from IPython.display import Code
-    return Code(inspect.getsource(function), language="python")
+    return Code("\n\n".join(map(inspect.getsource, things)), language="python")
 
 
 def summary_table(summary: dict, *also: str, **more):

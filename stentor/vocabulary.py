@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from stentor.files import write_atomically
+
 MARKERS = ("", "\x7f", "CDW")  # by capcode level
 DELETE_SPACE = (b"", b"\x7f ", b"D ")  # how a word begins that no space precedes
 # Kinds of units: W word with its space, w without, N number, S white space, M marker, Q brackets
@@ -303,9 +305,7 @@ class BuildLog:
         self.progress(f"{what}: {size:,} tokens, {ratio:.3f} characters per token "
                       f"({self.seconds():.0f} s)")
         if self.path:
-            temporary = self.path.with_name(self.path.name + ".new")
-            temporary.write_text(json.dumps(self.state))
-            temporary.replace(self.path)
+            write_atomically(self.path, json.dumps(self.state))
 
 
 def build_vocabulary(texts, size, mode="strict", capcode=1, *, seed=42, seconds=170, rounds=30,
@@ -321,65 +321,91 @@ def build_vocabulary(texts, size, mode="strict", capcode=1, *, seed=42, seconds=
     report: {"candidates", "history": [step, tokens, characters per token, seconds], "seconds",
     "finished"}. Raises ValueError when `size` does not hold the single bytes.
     """
-    log = BuildLog(texts, (size, mode, capcode, seed, rounds, plan), state_file, progress)
-    empty, state = make_vocabulary([], mode, capcode), log.state
-    singles = [token for token in empty.tokens if token]
-    room = size - len(singles)
-    if room < 1:
-        raise ValueError(f"A vocabulary of {size} tokens has no room beside the {len(singles)} "
-                         "single bytes.")
-    # A token of the finished vocabulary saves several times min_count tokens: rarer ones are left.
-    min_count = max(2, log.characters // (100 * size))
-    candidates = {}
-    if state["step"] <= len(plan):
-        datas = [empty.normalize(text) for text in texts]
-        candidates = find_candidates(datas, mode, capcode, min_count, seed)
-        progress(f"{len(candidates):,} candidates that occur {min_count} times or more "
-                 f"({log.seconds():.0f} s)")
-    by_frequency = sorted(candidates,
-                          key=lambda token: (-candidates[token] * (len(token) - 1), token))
-    tokens = by_frequency[:int(plan[0] * room)]
-    if state["tokens"] is not None:
-        tokens = [token.encode("latin-1") for token in state["tokens"]]
-    vocabulary, ids, offsets, uses = measure(tokens, texts, mode, capcode)
-
-    def gains():
-        return merge_gains(ids, offsets, vocabulary.tokens, candidates, {*tokens, *singles},
-                           min_count, DELETE_SPACE[capcode])
-
-    while state["step"] < len(plan):  # distil and grow through the sizes of the plan
-        goal = int(plan[state["step"]] * room)
-        if late := log.seconds() > seconds / 2:  # the rest is for one last distillation and swaps
-            state["step"], goal = len(plan) - 1, room
-        before = len(tokens)
-        if before > goal:
-            keep = goal if late else max(goal, int(0.7 * before))
-            tokens = most_useful(tokens, uses, singles, keep)
-        else:
-            most = goal if late else min(goal, before + max(100, int(0.3 * before)))
-            tokens = grow(tokens, gains(), by_frequency, most)
-        vocabulary, ids, offsets, uses = measure(tokens, texts, mode, capcode)
-        state["step"] += len(tokens) == goal or len(tokens) == before
-        log.note("distil" if len(tokens) < before else "grow", tokens, len(vocabulary), len(ids))
-
-    while state["step"] == len(plan) and log.seconds() < seconds:
-        trial, swaps = swap_weakest(tokens, worth_of(tokens, uses, singles), gains(),
-                                    max(1, int(state["share"] * room)))
-        result = measure(trial, texts, mode, capcode)
-        if better := len(result[1]) < len(ids):
-            tokens, (vocabulary, ids, offsets, uses) = trial, result
-        else:
-            state["share"] = swaps / room / 2
-        state["round"] += 1
-        if state["round"] >= rounds or state["share"] * room < 4:
-            state["step"] += 1
-        log.note(f"{swaps} swaps {'made' if better else 'taken back'}", tokens, len(vocabulary),
-                 len(ids))
-
-    shares = training_shares(tokens, singles, uses)
-    report = {"candidates": len(candidates), "history": state["history"], "seconds": log.seconds(),
-              "finished": state["step"] > len(plan)}
+    build = Build(texts, size, mode, capcode, BuildLog(
+        texts, (size, mode, capcode, seed, rounds, plan), state_file, progress))
+    build.find_candidates(seed, plan)
+    while build.state["step"] < len(plan):
+        late = build.log.seconds() > seconds / 2      # the rest is for one distillation and swaps
+        if late:
+            build.state["step"] = len(plan) - 1
+        build.resize(build.room if late else int(plan[build.state["step"]] * build.room), late)
+    while build.state["step"] == len(plan) and build.log.seconds() < seconds:
+        build.swap(rounds)
+    shares = training_shares(build.tokens, build.singles, build.uses)
+    report = {"candidates": len(build.candidates), "history": build.state["history"],
+              "seconds": build.log.seconds(), "finished": build.state["step"] > len(plan)}
     return make_vocabulary(list(shares), mode, capcode, list(shares.values())), report
+
+
+class Build:
+    """A vocabulary in the making: its tokens, and the texts as these cut them (see `measure`)."""
+
+    def __init__(self, texts, size, mode, capcode, log):
+        self.texts, self.mode, self.capcode, self.log, self.state = (
+            texts, mode, capcode, log, log.state)
+        self.empty = make_vocabulary([], mode, capcode)
+        self.singles = [token for token in self.empty.tokens if token]
+        self.room = size - len(self.singles)
+        if self.room < 1:
+            raise ValueError(f"A vocabulary of {size} tokens has no room beside the "
+                             f"{len(self.singles)} single bytes.")
+        # A token of the finished one saves several times min_count tokens: rarer ones are left.
+        self.min_count = max(2, log.characters // (100 * size))
+
+    def find_candidates(self, seed, plan):
+        """The candidates, and the tokens to begin with: the most frequent, or those of the log."""
+        self.candidates = {}
+        if self.state["step"] <= len(plan):
+            datas = [self.empty.normalize(text) for text in self.texts]
+            self.candidates = find_candidates(datas, self.mode, self.capcode, self.min_count, seed)
+            self.log.progress(f"{len(self.candidates):,} candidates that occur {self.min_count} "
+                              f"times or more ({self.log.seconds():.0f} s)")
+        self.by_frequency = sorted(self.candidates, key=lambda token: (
+            -self.candidates[token] * (len(token) - 1), token))
+        kept = self.state["tokens"]
+        self.take(self.by_frequency[:int(plan[0] * self.room)] if kept is None else
+                  [token.encode("latin-1") for token in kept])
+
+    def take(self, tokens, measured=None):
+        self.tokens = tokens
+        self.vocabulary, self.ids, self.offsets, self.uses = measured or measure(
+            tokens, self.texts, self.mode, self.capcode)
+
+    def gains(self):
+        return merge_gains(self.ids, self.offsets, self.vocabulary.tokens, self.candidates,
+                           {*self.tokens, *self.singles}, self.min_count,
+                           DELETE_SPACE[self.capcode])
+
+    def note(self, what):
+        self.log.note(what, self.tokens, len(self.vocabulary), len(self.ids))
+
+    def resize(self, goal, at_once):
+        """Distil or grow towards `goal` tokens; at_once: all the way, else by 30% at most."""
+        before = len(self.tokens)
+        if before > goal:
+            keep = goal if at_once else max(goal, int(0.7 * before))
+            self.take(most_useful(self.tokens, self.uses, self.singles, keep))
+        else:
+            most = goal if at_once else min(goal, before + max(100, int(0.3 * before)))
+            self.take(grow(self.tokens, self.gains(), self.by_frequency, most))
+        self.state["step"] += len(self.tokens) in (goal, before)
+        self.note("distil" if len(self.tokens) < before else "grow")
+
+    def swap(self, rounds):
+        """One round of swaps, taken back where the text gets no shorter; the last of at most
+        `rounds` ends the build."""
+        worth = worth_of(self.tokens, self.uses, self.singles)
+        trial, swaps = swap_weakest(self.tokens, worth, self.gains(),
+                                    max(1, int(self.state["share"] * self.room)))
+        result = measure(trial, self.texts, self.mode, self.capcode)
+        if better := len(result[1]) < len(self.ids):
+            self.take(trial, result)
+        else:
+            self.state["share"] = swaps / self.room / 2
+        self.state["round"] += 1
+        if self.state["round"] >= rounds or self.state["share"] * self.room < 4:
+            self.state["step"] += 1
+        self.note(f"{swaps} swaps {'made' if better else 'taken back'}")
 
 
 def train_bpe(texts, size):
