@@ -96,29 +96,18 @@ def _samples(run_dir: Path):
 
 def _six(run_dir: Path):
     """What matters, a row each; "not measured" where its file is not in outputs/."""
-    outputs, rows, files = run_dir.parent, [], _names(run_dir, "summary.json")
     summary, draws = read_json(run_dir / "summary.json"), draws_like(run_dir)
-    rows.append((f"bits per byte of held-out text, {summary['parameters']:,} parameters after "
-                 f"{summary['tokens']:,} tokens in {duration(summary['seconds'])}",
-                 spread(draws, "bits_per_byte")))
-    if (run_dir / "baseline.json").is_file():
-        rows.append(("a byte bigram model, same text", bigram_line(run_dir / "baseline.json", draws)))
-        files += _names(run_dir, "baseline.json")
-    for path, title, read in (
-            ("speedrun.json", "tokens until the loss that the card's recipe ends with, of the card's",
-             _speedrun_share),
-            ("speedrun.json", "time until then, of the card's recipe in `transformers.Trainer`",
-             _speedrun_time),
-            ("reliability.json", "files that differ after kills, of runs left alone", _kills),
-            (f"{run_dir.name}/growth/payoff.json", "growing a small model against from scratch",
-             lambda found: found["verdict"]["sentence"]),
-            (f"{run_dir.name}/export/export.json", "prompts whose greedy continuation is transformers', token for token",
-             _same_tokens)):
-        if (outputs / path).is_file():
-            files.append(f"outputs/{path}")
-            rows.append((title, read(read_json(outputs / path)) or "not measured"))
-        else:
-            rows.append((title, "not measured"))
+    bigram = bigram_line(run_dir / "baseline.json", draws)
+    rows = [(f"bits per byte of held-out text, {summary['parameters']:,} parameters after "
+             f"{summary['tokens']:,} tokens in {duration(summary['seconds'])}",
+             f"{spread(draws, 'bits_per_byte')}; a byte bigram model {bigram}")]
+    files = _names(run_dir, "summary.json", "baseline.json")
+    for name, title, read in OTHER_FIGURES:
+        path, figure = run_dir.parent / name.format(run=run_dir.name), None
+        if path.is_file():
+            files.append(f"outputs/{path.relative_to(run_dir.parent)}")
+            figure = read(read_json(path))
+        rows.append((title, figure or "not measured"))
     table = ["| what | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows)]
     return "\n".join(table), list(dict.fromkeys(files))
 
@@ -142,6 +131,19 @@ def _same_tokens(found: dict) -> str | None:
     """Of the formats that compute in FP32 elsewhere, and so claim to be exact."""
     return ", ".join(f"{row['format']} {row['greedy_equal']} of {row['greedy_of']}"
                      for row in found["formats"] if row["format"] in ("gguf-f32", "onnx")) or None
+
+
+# (file of outputs/, what it is a figure of, how it is read): the rows of `_six` after the first.
+OTHER_FIGURES = (
+    ("speedrun.json", "tokens until the loss that the card's recipe ends with, of the card's",
+     _speedrun_share),
+    ("speedrun.json", "time until then, of the card's recipe in `transformers.Trainer`",
+     _speedrun_time),
+    ("reliability.json", "files that differ after kills, of runs left alone", _kills),
+    ("{run}/growth/payoff.json", "growing a small model against from scratch",
+     lambda found: found["verdict"]["sentence"]),
+    ("{run}/export/export.json",
+     "prompts whose greedy continuation is transformers', token for token", _same_tokens))
 
 
 def _minutes(run_dir: Path):

@@ -46,6 +46,26 @@ def test_a_benchmark_that_was_run_again_takes_its_place(run_dir, tmp_path):
     assert "| 14 |" in block["text"] and "kept 12" not in block["text"]
 
 
+def test_the_six_figures_are_read_where_their_files_are(run_dir, tmp_path):
+    (run_dir / "baseline.json").write_text(json.dumps({"byte_bigram_bits_per_byte": 3.5}))
+    (run_dir / "run.json").write_text(json.dumps({"recipe": su.RECIPES["stentor2-12m"].to_dict()}))
+    summary = {"parameters": 1_000, "tokens": 2_000, "seconds": 61, "eval_loss": 4.5, "perplexity": 90.0,
+               "bits_per_byte": 1.25, "tokens_per_second": 33.0}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    outputs = run_dir.parent
+    (outputs / "speedrun.json").write_text(json.dumps({
+        "width": 128, "ratios": [{"width": 128, "share": 0.25}, {"width": 128, "share": 0.35}, {"width": 64, "share": 0.9}],
+        "times": [{"who": "trainer", "width": 128, "share": 0.125}, {"who": "card", "width": 128, "share": 0.7}]}))
+    (outputs / "reliability.json").write_text(json.dumps({"differing_files": [], "kills": 12, "runs": 3}))
+    page = page_of(tmp_path, sealed("six", "old", ["outputs/demo/summary.json"]))
+    assert write_results(run_dir, page) == ["six"]
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6 and "1,000 parameters after 2,000 tokens in 1m 01s" in rows[0][0]
+    figures = [row[1].removesuffix(" |") for row in rows]
+    assert figures == ["1.2500 (one draw); a byte bigram model 3.5000 (2.2500 more)", "0.300 (0.250 to 0.350, n = 2)",
+                       "0.125 (one draw)", "0 after 12 kills in 3 runs", "not measured", "not measured"]
+
+
 def test_what_cannot_be_written_is_said(run_dir, tmp_path):
     with pytest.raises(su.ParameterError, match="name README.md"):
         write_results(run_dir, tmp_path / "nowhere.md")
