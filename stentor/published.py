@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
+from stentor.cards import card_name
 from stentor.files import ParameterError
 from stentor.parameters import shown
 from stentor.recipes import Recipe, Source
@@ -180,9 +181,7 @@ ALL_RECIPES = {**RECIPES, **REPAIRED, **TUNED}
 
 def card_recipe(name: str) -> Recipe:
     """The published recipe that `name` is, or is the twin of."""
-    for ending in ("-repaired", "-tuned", "-tuned-qk"):
-        name = name if name in RECIPES else name.removesuffix(ending)
-    return RECIPES[name]
+    return RECIPES[card_name(name)]
 
 
 def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -> Recipe:
