@@ -168,8 +168,8 @@ def _tuned(recipe: Recipe, name: str, *, qk_norm: bool) -> Recipe:
         initialization="residual_scaled", max_train_steps=None, **tuned_rates(shape))
 
 
-# The twin of each pretraining recipe by what paid in our own tables (README, "The speedrun"): the
-# card's parameters, data, budget and batch, with Muon and a straight decay to zero; also with
+# The twin of each pretraining recipe by what paid in our own trials on the CPU twin (docs/tried.md):
+# the card's parameters, data, budget and batch, with Muon and a straight decay to zero; also with
 # QK-norm, as Qwen3ForCausalLM.
 _PRETRAINING = {name: recipe for name, recipe in RECIPES.items() if name != _INSTRUCT.name}
 TUNED: dict[str, Recipe] = {
