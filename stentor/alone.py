@@ -16,6 +16,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from stentor.cards import card_name
 from stentor.checkpoints import newest_state
 from stentor.files import ParameterError
 from stentor.hub import is_hub_name
@@ -47,8 +48,8 @@ def _say_once(sentence: str) -> None:
 
 
 def published_model(recipe: str) -> str | None:
-    """"hf:owner/name" of a recipe's published model; None where no card prints its address."""
-    return PUBLISHED_MODELS.get(recipe.removesuffix("-repaired"))
+    """"hf:owner/name" of the model of the recipe's card; None where no card prints its address."""
+    return PUBLISHED_MODELS.get(card_name(recipe))
 
 
 def find_model(run_dir, named=None, published: str | None = None, what: str = "MODEL") -> str:

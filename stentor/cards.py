@@ -23,8 +23,8 @@ DEPARTURES = {
 
 
 def card_name(name: str) -> str:
-    """The published recipe that a recipe's name is a form of: without -cpu, -repaired, -tuned."""
-    for ending in ("-cpu", "-repaired", "-tuned-qk", "-tuned"):
+    """The card that a recipe's name goes back to: without what its twins and stages append."""
+    for ending in ("-cpu", "-repaired", "-tuned-qk", "-tuned", "-stage2", "-stage3"):
         name = name.removesuffix(ending)
     return name
 

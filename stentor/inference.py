@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from stentor.cards import card_name
+
 SETTINGS = ("temperature", "top_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -66,14 +68,12 @@ PRESETS = ("Creative", "Balanced", "Focused")         # the demo's chips; no car
 def guide_for(recipe: str | None) -> tuple[Guide, str, bool]:
     """(guide, the recipe in GUIDES it is of, whether that is this recipe's own card).
 
-    recipe: a recipe's name; what is appended to a known one (-repaired, -cpu) does not matter, and
-    an unknown name, or None, gets Stentor2-12M's.
+    recipe: a recipe's name; a twin's or a stage's is that of its card, and an unknown name, or
+    None, gets Stentor2-12M's.
     """
-    name = str(recipe or "")
-    known = [key for key in (*GUIDES, *NEAREST) if name == key or name.startswith(f"{key}-")]
-    key = max(known, key=len, default="stentor2-12m")
-    of = NEAREST.get(key, key)
-    return GUIDES[of], of, bool(known) and key == of
+    name = card_name(str(recipe or ""))
+    of = NEAREST.get(name, name if name in GUIDES else "stentor2-12m")
+    return GUIDES[of], of, name == of
 
 
 def recommended(recipe: str | None = None) -> dict:

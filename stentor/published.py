@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
+from stentor.cards import card_name
 from stentor.files import ParameterError
 from stentor.parameters import shown
 from stentor.recipes import Recipe, Source
@@ -167,8 +168,8 @@ def _tuned(recipe: Recipe, name: str, *, qk_norm: bool) -> Recipe:
         initialization="residual_scaled", max_train_steps=None, **tuned_rates(shape))
 
 
-# The twin of each pretraining recipe by what paid in our own tables (README, "The speedrun"): the
-# card's parameters, data, budget and batch, with Muon and a straight decay to zero; also with
+# The twin of each pretraining recipe by what paid in our own trials on the CPU twin (docs/tried.md):
+# the card's parameters, data, budget and batch, with Muon and a straight decay to zero; also with
 # QK-norm, as Qwen3ForCausalLM.
 _PRETRAINING = {name: recipe for name, recipe in RECIPES.items() if name != _INSTRUCT.name}
 TUNED: dict[str, Recipe] = {
@@ -180,9 +181,7 @@ ALL_RECIPES = {**RECIPES, **REPAIRED, **TUNED}
 
 def card_recipe(name: str) -> Recipe:
     """The published recipe that `name` is, or is the twin of."""
-    for ending in ("-repaired", "-tuned", "-tuned-qk"):
-        name = name if name in RECIPES else name.removesuffix(ending)
-    return RECIPES[name]
+    return RECIPES[card_name(name)]
 
 
 def find_recipe(name: str, profile: str = "t4", overrides: dict | None = None) -> Recipe:

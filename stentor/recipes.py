@@ -268,7 +268,8 @@ class Recipe:
 
         Half the batch, so twice the steps (1.7446 against 1.7924), and for such a batch a shorter
         momentum (1.7221 against 1.7446); rates by the rule. No FP32 techniques, which only cost
-        where all weights are FP32. Compiled layers where a compiler is: a third faster (README).
+        where all weights are FP32. Compiled layers where a compiler is: a third faster
+        (docs/results.md).
         Fewer evaluations: one takes as long as 300,000 tokens. In the minutes that this leaves half as
         many tokens more: 4M ended at 1.4036 bits per byte.
         """

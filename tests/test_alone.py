@@ -64,6 +64,14 @@ def test_the_model_is_the_runs_own_then_the_newest_attached_then_the_published_o
     assert not capsys.readouterr().out                 # what was meant is not announced
 
 
+def test_every_form_of_a_recipe_has_the_model_of_its_card():
+    for name in su.ALL_RECIPES:
+        card = su.card_recipe(name).name
+        for form in (name, f"{name}-cpu"):
+            assert su.published_model(form) == alone.PUBLISHED_MODELS.get(card), form
+    assert su.published_model("stentor3-20m-tuned-qk") == "hf:StentorLabs/Stentor3-20M"
+
+
 def test_without_any_model_one_sentence_says_what_to_attach(tmp_path, monkeypatch):
     run = tmp_path / "outputs" / "demo"
     with pytest.raises(su.ParameterError, match="run 02_pretrain_t4 for RUN = 'demo' first, or name a model.$"):

@@ -409,6 +409,7 @@ def test_what_was_made_of_a_model_has_a_card_and_a_dry_run_of_its_own(run_dir, o
                  "export": ["| gguf q8_0 | model-q8_0.gguf | 1,234,567 | 4.5678 |",
                             "| onnx | onnx/model.onnx | 7,654,321 |"]}[of]:
         assert text in card, text
+    assert "repetition_penalty=" not in card, "the samples are of final/: their settings are not this model's"
     for number in list(stentor.card.facts.NUMBER.finditer(card))[::9]:
         digit = re.search(r"\d", number.group()).start() + number.start()
         path.write_text(card[:digit] + str((int(card[digit]) + 1) % 10) + card[digit + 1:])

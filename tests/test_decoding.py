@@ -246,7 +246,8 @@ def test_the_guide_holds_the_cards_figures_and_says_whose_they_are():
     for name in su.RECIPES:
         guide, of, own = su.guide_for(name)
         assert own == (name == of) and of in GUIDES, name
-        assert su.guide_for(f"{name}-repaired")[:2] == su.guide_for(f"{name}-cpu")[:2] == (guide, of)
+        for form in ("-repaired", "-cpu", "-tuned", "-tuned-qk-cpu"):
+            assert su.guide_for(name + form) == (guide, of, own), form
         for key, (low, high) in guide.ranges.items():
             assert low < high and low <= guide.favourite.get(key, low) <= high, (name, key)
         assert ("nearest" in su.guide_table(name).columns.name) == (not own)
@@ -255,6 +256,7 @@ def test_the_guide_holds_the_cards_figures_and_says_whose_they_are():
         warmth = [chips[chip]["temperature"] for chip in PRESETS]
         assert warmth == sorted(warmth, reverse=True) and len(set(warmth)) == 3, (name, warmth)
         json.dumps(su.guide_record(name))
+    assert su.guide_for("stentor-big-stage2-cpu") == su.guide_for("stentor-big")
     assert su.guide_for("my own") == (GUIDES["stentor2-12m"], "stentor2-12m", False)
 
 

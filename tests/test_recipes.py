@@ -317,7 +317,9 @@ def test_each_card_has_its_own_prompts_and_departures():
     assert su.card_prompts("stentor2-12m-preview")[0] == "Some sicknesses are" and len(su.card_prompts("stentor3-20m")) == 4
     assert su.card_prompts("stentor-30m") == su.card_prompts("stentor2-12m")
     assert su.card_prompts("stentor3-20m-cpu")[0] == "This function returns"
-    assert "ramp" not in su.departures("stentor3-20m") and any("0.999" in one for one in su.departures("stentor-12m-instruct"))
+    assert su.departures("stentor3-20m") == () and any("0.999" in one for one in su.departures("stentor-12m-instruct"))
+    assert su.departures("stentor2-12m-tuned-qk") == su.departures("stentor2-12m") != ()
+    assert su.card_prompts("stentor3-20m-tuned-qk") == su.card_prompts("stentor3-20m")
 
 
 def test_heads_other_than_64_are_warned_of_where_a_t4_would_run_them():

@@ -47,7 +47,8 @@ class Facts:
 
     `show`, `derive` and the others return a mark to write into the text, or "not measured".
     of: which model of the run the card is of, a key of SUBJECTS; `model` is that model's folder in
-    the run's and `record` the file with the card's parameters.
+    the run's, `config` the one whose config.json describes it (08's formats have final/'s), and
+    `record` the file with the card's parameters.
     """
 
     def __init__(self, run_dir, of: str = "final"):
@@ -55,6 +56,7 @@ class Facts:
             raise ParameterError([f"of = {of!r}: a card can be of {', '.join(SUBJECTS)}."])
         self.folder, self.files, self.figures = Path(run_dir), {}, []
         self.of, (self.model, self.record) = of, SUBJECTS[of]
+        self.config = "final" if of == "export" else self.model
 
     def read(self, file: str):
         """The parsed .json, .jsonl (list of rows) or .csv (list of dicts of text); None where it
@@ -179,7 +181,7 @@ def shape_place(facts: Facts) -> tuple:
     config.json, which 04 and 07 may have made from another model."""
     if facts.of == "final":
         return "run.json", "recipe", "shape"
-    return f"{'final' if facts.of == 'export' else facts.model}/config.json",
+    return f"{facts.config}/config.json",
 
 
 def shape_from(values: dict) -> Shape:
@@ -188,7 +190,7 @@ def shape_from(values: dict) -> Shape:
     known = {name: values[name] for name in names if name in values}
     if "rope_parameters" in values:
         known["rope_theta"] = values["rope_parameters"]["rope_theta"]
-    if "qk_norm" in names and values.get("model_type") == "qwen3":
+    if values.get("model_type") == "qwen3":
         known["qk_norm"] = True
     return Shape(**known)
 

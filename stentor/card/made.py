@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stentor.card.facts import Facts, NOT_MEASURED, cell, fenced, plain, row
-from stentor.card.scores import interval, phases, probes
+from stentor.card.scores import delivered, interval, phases, probes
 
 SFT, STAGES, PAYOFF = ("instruct/sft_summary.json", "growth/curriculum.json",
                        "growth/payoff.json")
@@ -31,10 +31,6 @@ Every number below was filled in from a file of the run; `model_card.json` names
 place of each. What no file
 holds stands as *{NOT_MEASURED}*.
 """
-
-
-def delivered(facts: Facts) -> str:
-    return f"{facts.get(SFT, 'deliver')}-{facts.get(SFT, 'seeds', 0)}"
 
 
 def what_the_probe_found(facts: Facts) -> str:

@@ -112,9 +112,14 @@ def instruct(facts: Facts) -> str:
              f"parameters in phases, merged; recipe *{facts.show(file, 'deliver', form=cell)}*, "
              f"{facts.show(file, 'examples')} examples, {facts.show(file, 'held_out')} held out.",
              ""]
-    delivered = f"{facts.get(file, 'deliver')}-{facts.get(file, 'seeds', 0)}"
-    lines += phases(facts, file) + probes(facts, delivered)
+    lines += phases(facts, file) + probes(facts, delivered(facts))
     return "\n".join([*lines, "", *pictures(facts, "sft", "probe")])
+
+
+def delivered(facts: Facts) -> str:
+    """The name in probe.json of the model that 04 delivered: its recipe and seed."""
+    file = "instruct/sft_summary.json"
+    return f"{facts.get(file, 'deliver')}-{facts.get(file, 'seeds', 0)}"
 
 
 def phases(facts: Facts, file: str) -> list[str]:

@@ -40,8 +40,7 @@ def tags(facts: Facts) -> list[str]:
     """What the model is, of words that its files bear out."""
     size = facts.derive(lambda v: f"{count_parameters(shape_from(v)) / 1e6:.0f}m-parameters", str,
                         "parameters / 1,000,000", shape_place(facts))
-    kind = facts.show(f"{'final' if facts.of == 'export' else facts.model}/config.json",
-                      "model_type", form=yaml_text)
+    kind = facts.show(f"{facts.config}/config.json", "model_type", form=yaml_text)
     own = {"instruct": ["conversational", "lora", "sft"], "growth": ["model-growth"],
            "export": ["quantized"]}
     found = ["stentor", kind, "small-language-model", "text-generation", size, "educational",
@@ -67,9 +66,11 @@ def widget(facts: Facts) -> list[dict]:
 
 def datasets(facts: Facts) -> list[str]:
     """The hub's names of what the model learned from; text that comes with Python has none."""
-    recipes = {"growth": [("growth/curriculum.json", "stages", i) for i in range(3)]}
-    found, seen = [], set()
-    for recipe in recipes.get(facts.of, [("run.json", "recipe")]):
+    recipes, found, seen = [("run.json", "recipe")], [], set()
+    if facts.of == "growth":
+        stages = facts.get("growth/curriculum.json", "stages") or []
+        recipes = [("growth/curriculum.json", "stages", i) for i, _ in enumerate(stages)]
+    for recipe in recipes:
         for i, source in enumerate(facts.get(*recipe, "sources") or []):
             path = str(source.get("path", ""))
             if path.startswith("hf:") and path not in seen:
@@ -135,8 +136,7 @@ def architecture(facts: Facts) -> str:
     head = head_dim(facts, place)
     total = facts.derive(lambda values: count_parameters(shape_from(values)), ",",
                          "sum of the parts", place)
-    kind = facts.show(f"{'final' if facts.of == 'export' else facts.model}/config.json",
-                      "architectures", 0, form=cell)
+    kind = facts.show(f"{facts.config}/config.json", "architectures", 0, form=cell)
     counted = ""
     if facts.of == "final":
         counted = f"\n| counted on the model | | {facts.show('summary.json', 'parameters')} | |"
@@ -370,10 +370,6 @@ what they hold. Do not rely on it for facts, advice or decisions.
 
 def loading(facts: Facts) -> str:
     name = facts.show(facts.record, "parameters", "repo_id", form=cell)
-    penalty = facts.show("samples.json", "settings", "repetition_penalty", form="g")
-    sampling = "do_sample=True"
-    if penalty != NOT_MEASURED:
-        sampling += f", repetition_penalty={penalty}"
     return f"""## How to load
 
 ```python
@@ -383,7 +379,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)   # runs the folder's \
 tokenmonster_hf.py
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-output = model.generate(**inputs, {sampling})
+output = model.generate(**inputs, do_sample=True)
 print(tokenizer.decode(output.flatten().tolist()))
 ```
 """

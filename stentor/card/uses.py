@@ -40,7 +40,7 @@ def quality(facts: Facts) -> str:
 
 def recommended(facts: Facts) -> str:
     """The defaults in the folder's generation_config.json, beside the card's ranges as published."""
-    file = f"{'final' if facts.of == 'export' else facts.model}/generation_config.json"
+    file = f"{facts.config}/generation_config.json"
     recipe = {"instruct": "stentor-12m-instruct", "growth": "stentor-big"}.get(
         facts.of, str(facts.get("run.json", "recipe", "name") or ""))
     guide = GUIDE + recipe
@@ -118,10 +118,7 @@ def comparable(facts: Facts, count: int = 3) -> str:
     """The published models nearest in parameters, with their published figures."""
     lines = ["## Comparable models", ""]
     try:
-        values = facts.read(shape_place(facts)[0])
-        for key in shape_place(facts)[1:]:
-            values = values[key]
-        own = count_parameters(shape_from(values))
+        own = count_parameters(shape_from(facts.get(*shape_place(facts))))
     except (KeyError, TypeError, AttributeError):
         return "\n".join([*lines, f"Parameters: {NOT_MEASURED}.", ""])
 
