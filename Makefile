@@ -114,7 +114,7 @@ soak: $(VENV)/.installed
 # docs/gallery (charts of RUN, a sentence in tokens, the demo's screenshots) and outputs/html (its executed notebooks).
 RUN ?= demo
 gallery: $(VENV)/.installed
-	$(PY) -m stentor.gallery $(call quoted,outputs/$(value RUN)) docs/gallery outputs/html
+	$(PY) -m stentor_utils gallery $(call quoted,outputs/$(value RUN)) docs/gallery outputs/html
 
 results: $(VENV)/.installed
 	$(PY) -m stentor_utils results outputs/demo README.md docs/results.md

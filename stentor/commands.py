@@ -4,6 +4,7 @@
     python -m stentor_utils seeds | growth | train | fill | benchmark | summary | recipes | results
     python -m stentor_utils demo -p RUN=demo PORT=7860
     python -m stentor_utils space outputs/demo
+    python -m stentor_utils gallery outputs/demo docs/gallery outputs/html
 
 Exit codes: 2 for what was refused, in a sentence; 1 for what failed; 130 and 143 for a stop.
 """
@@ -130,6 +131,12 @@ def space_command(arguments) -> None:
           "README.md says how to push it.")
 
 
+def gallery_command(arguments) -> None:
+    """What `make gallery` starts."""
+    from stentor.gallery import make_gallery          # it needs matplotlib
+    make_gallery(arguments.run_dir, arguments.gallery, arguments.html)
+
+
 def growth_command(arguments) -> None:
     """`growth`: does growing pay? The trial of `stentor.payoff`, of any recipe's optimiser, and its verdict."""
     from stentor.payoff import command
@@ -163,6 +170,8 @@ def read_command_line(argv: list[str] | None) -> argparse.Namespace:
         "-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
     command("space", space_command, "write a Hugging Face Space folder of a run",
             "run_dir").add_argument("folder", nargs="?", help="default: RUN_DIR/space")
+    command("gallery", gallery_command, "put the pictures of a run into a folder, with their page",
+            "run_dir", "gallery", "html")
     command("growth", growth_command, "compare grown models with one from scratch, over compute",
             "folder").add_argument("-p", dest="parameters", nargs="*", default=[],
                                    metavar="NAME=VALUE")

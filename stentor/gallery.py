@@ -1,22 +1,18 @@
 """docs/gallery and outputs/html: pictures of a run that was really made, each from its files.
 
-    python -m stentor.gallery outputs/demo docs/gallery outputs/html
+    python -m stentor_utils gallery outputs/demo docs/gallery outputs/html
 
 Nothing is drawn that the run did not measure: a picture whose file is not there is left out, and
 one line says so.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from stentor.charts import TINTS, draw_training, panels
 from stentor.files import ParameterError, write_atomically
-from stentor.process import own_environment
 from stentor.tokenizer import load_tokenizer
 
 SENTENCE = ("The history of computing began long before there were machines: "
@@ -101,15 +97,13 @@ def draw_gallery(run_dir, folder) -> list[str]:
 
 
 def photograph_demo(run_dir, folder) -> None:
-    """Screenshots of the demo's tabs in use; one line where there is no browser for that."""
-    run_dir = Path(run_dir)
-    done = subprocess.run(
-        [sys.executable, "-m", "stentor.demo.pictures", str(folder), "-p", f"RUN={run_dir.name}",
-         f"OUTPUTS={run_dir.parent}"], env=own_environment(), capture_output=True, text=True)
-    print(done.stdout, end="")
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        print(f"the demo's screenshots stay as they are: {reason}")
+    """Screenshots of the demo's tabs in use; one line where they cannot be taken here."""
+    from stentor.demo.pictures import take_of_run
+    try:
+        for path in take_of_run(run_dir, folder):
+            print(path)
+    except ParameterError as error:
+        print(f"the demo's screenshots stay as they are: {error}")
 
 
 def write_html(run_dir, folder) -> list[Path]:
@@ -146,22 +140,10 @@ def write_page(folder, names: list[str]) -> Path:
     return folder / "README.md"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("run_dir", "gallery", "html"):
-        parser.add_argument(name)
-    given = parser.parse_args(argv)
-    try:
-        names = draw_gallery(given.run_dir, given.gallery)
-        photograph_demo(given.run_dir, given.gallery)
-        print(write_page(given.gallery, names))
-        for path in write_html(given.run_dir, given.html):
-            print(path)
-    except ParameterError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def make_gallery(run_dir, folder, html) -> None:
+    """The pictures of a run and their page in `folder`, its executed notebooks in `html`."""
+    names = draw_gallery(run_dir, folder)
+    photograph_demo(run_dir, folder)
+    print(write_page(folder, names))
+    for path in write_html(run_dir, html):
+        print(path)

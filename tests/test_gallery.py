@@ -1,6 +1,7 @@
 """`make gallery`: pictures of a run from its files, and a page that shows those that were made."""
 import dataclasses
 import re
+import shutil
 import unicodedata
 
 import nbformat
@@ -8,6 +9,8 @@ import pytest
 
 import stentor_utils as su
 from stentor import gallery
+from stentor.commands import main
+from stentor.demo import pictures
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,33 @@ def test_executed_notebooks_become_html(run_dir, tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), run_dir / "notebooks" / "02_x.ipynb")
     path, = gallery.write_html(run_dir, tmp_path / "html")
     assert path.name == "02_x.html" and "it says forty-two" in path.read_text()
+
+
+def test_the_command_refuses_a_folder_that_is_no_run_in_a_sentence(tmp_path, capsys):
+    assert main(["gallery", str(tmp_path), str(tmp_path / "gallery"), str(tmp_path / "html")]) == 2
+    assert "has no metrics.jsonl" in capsys.readouterr().err and not (tmp_path / "gallery").exists()
+
+
+def test_without_a_browser_one_line_says_why_and_the_rest_goes_on(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "BROWSERS", ("no-such-browser",))
+    gallery.photograph_demo(run_dir, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("the demo's screenshots stay as they are: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demos_pictures_leave_the_votes_of_people_alone(run_dir, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    try:
+        pictures.find_browser()
+    except su.ParameterError as error:
+        pytest.skip(str(error))
+    for name in ("shown", "other"):                    # a pair for the arena
+        shutil.copytree(run_dir / "final", tmp_path / "outputs" / name / "final")
+    votes = tmp_path / "outputs" / "arena_votes.jsonl"
+    votes.write_text("")
+    monkeypatch.setattr(pictures, "USES", {name: pictures.USES[name] for name in ("generate", "explorer", "arena")})
+    gallery.photograph_demo(tmp_path / "outputs" / "shown", tmp_path / "gallery")
+    assert {path.name for path in (tmp_path / "gallery").iterdir()} == {
+        "demo-generate.png", "demo-explorer.png", "demo-arena.png", "demo-phone-generate.png", "demo-phone-explorer.png"}
+    assert votes.read_text() == ""

@@ -722,6 +722,17 @@ def test_ones_own_conversations_go_in_and_a_merged_model_comes_out(tiny, tmp_pat
     assert all(torch.allclose(again[name], merged[name], atol=1e-6) for name in merged)
 
 
+def test_a_base_in_four_bits_is_loaded_and_refused_as_any_model_is(tiny, tmp_path):
+    """"hf:owner/name" too, which is no name to transformers: 04's base where 02 made none."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    shape = dataclasses.replace(tiny.recipe.shape, hidden_size=64, intermediate_size=128)      # its blocks are of 64 values
+    su.save_model_folder(su.build_model(shape, 5), tiny.tokenizer, tmp_path / "base")
+    layer = F["four_bit_base"](tmp_path / "base").model.layers[0]
+    assert all(isinstance(module, bitsandbytes.nn.Linear4bit) for module in (layer.self_attn.q_proj, layer.mlp.up_proj))
+    with pytest.raises(su.ParameterError, match="hf:nobody/nothing"):
+        F["four_bit_base"]("hf:nobody/nothing")
+
+
 @pytest.mark.parametrize("line, said", [
     ('{"prompt": "x"}', "line 2 is no conversation"), ("[1]", "line 2 is no conversation"), ("{", "line 2 is no conversation"),
     ('{"messages": [{"role": "user", "content": "x"}]}', "no answer of an assistant"), ("", "two or more are needed")])

@@ -10,6 +10,7 @@ import gradio as gr
 
 from stentor.charts import BLUE, MODEL_COLOURS
 from stentor.demo import page
+from stentor.demo.generating import settings_of, write
 from stentor.demo.models import Models, find_models
 from stentor.demo.tab import Demo
 from stentor.demo.talking import arena_tab, chat_tab
@@ -88,7 +89,6 @@ def start(blocks: gr.Blocks, *, host: str | None = "127.0.0.1", port: int | None
 
 def _warm(models: Models) -> None:
     """The first answer takes no longer than the second."""
-    from stentor.demo.generating import settings_of, write
     try:
         loaded = models.load(models.names[0])
         write(loaded, [loaded.tokenizer.eos_token_id or 0], settings_of(1, 1, 1, 2), 0)

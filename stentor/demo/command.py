@@ -42,7 +42,7 @@ def read_demo_parameters(typed: dict[str, str]) -> dict:
 
 
 def needs_gradio() -> None:
-    """Gradio 6 can be imported. On Kaggle pip is tried, and leaves all that the image has as it is.
+    """Gradio 6 can be imported. On Kaggle pip is tried; hub, numpy and transformers stay as they are.
 
     Raises ParameterError, one sentence, where there is none.
     """

@@ -228,12 +228,13 @@ def _texts(first, said, prompt, settings, stop, done):
 
 # How sure.
 
-def probabilities(loaded: Loaded, ids: list[int], start: int = 0) -> list[dict]:
-    """For each id from ids[start] on: its probability given those before it, and the likeliest.
+def probabilities(loaded: Loaded, ids: list[int]) -> list[dict]:
+    """For each id, its probability given those before it, and the likeliest in its place.
 
-    [{"id", "text", "probability", "rank", "alternatives": [{"id", "text", "probability"}]}], the
-    model's own (temperature 1, no penalty): one softmax over its logits, in float32. The first
-    token of a text is judged after EOS, as in training. In the model's thread only.
+    [{"id", "text", "label", "probability", "rank", "alternatives": [{"id", "text", "probability"}]}],
+    the model's own (temperature 1, no penalty): one softmax over its logits, in float32. The first
+    token of a text is judged after EOS, as in training; of a text longer than the context only the
+    last tokens are judged. In the model's thread only.
     """
     lead = loaded.tokenizer.eos_token_id
     first = [lead if lead is not None else ids[0]]
@@ -241,13 +242,13 @@ def probabilities(loaded: Loaded, ids: list[int], start: int = 0) -> list[dict]:
     dropped = len(ids) + 1 - len(whole)
     with torch.inference_mode():
         logits = loaded.model(torch.tensor([whole[:-1]], device=loaded.model.device)).logits[0]
-        rows = logits[max(0, start - dropped):].float().softmax(-1)
+        rows = logits.float().softmax(-1)
         top, which = rows.topk(min(ALTERNATIVES, rows.shape[-1]), -1)
-        chosen = torch.tensor(whole[1:], device=rows.device)[max(0, start - dropped):]
+        chosen = torch.tensor(whole[1:], device=rows.device)
         own = rows.gather(-1, chosen[:, None])[:, 0]
         ranks = (rows > own[:, None]).sum(-1) + 1
     words, seen = Words(loaded.tokenizer), []
-    for token in ids[:max(start, dropped)]:
+    for token in ids[:dropped]:
         words.push(token)
     for token, p, rank, ps, tokens_ in zip(chosen.tolist(), own.tolist(), ranks.tolist(),
                                            top.tolist(), which.tolist()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from stentor.alone import PUBLISHED_MODELS
+from stentor.cards import card_name
 from stentor.files import ParameterError, StentorError
 from stentor.folders import load_model
 from stentor.hub import hub_commit
@@ -87,10 +89,10 @@ def _newest_model(folder: Path) -> float:
 
 
 def models_of_run(folder) -> list[Entry]:
-    """final/ and instruct/final/ of a run folder, those that are there; or the folder itself."""
+    """final/ and instruct/final/ of a run folder, those that are there."""
     folder, found = Path(folder), []
     run = _read(folder / "run.json").get("recipe") or {}
-    recipe = str(run.get("name", "")).removesuffix("-cpu")
+    recipe = card_name(str(run.get("name", "")))
     if (folder / "final" / "config.json").is_file():
         found.append(Entry(folder.name, str(folder / "final"), recipe=recipe,
                            parameters=_parameters(folder / "final")))
@@ -117,11 +119,7 @@ def _parameters(folder: Path) -> int | None:
     try:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    size = 1
-                    for length in file.get_slice(key).get_shape():
-                        size *= length
-                    total += size
+                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     except Exception:                      # a damaged file: load_model will say so
         return None
     return total or None
@@ -151,8 +149,6 @@ def hub_answers() -> bool:
 
 def closest(entry: Entry, others: list[Entry]) -> list[Entry]:
     """The others by how close their size is to `entry`'s, in the logarithm; unknown sizes last."""
-    import math
-
     def distance(other):
         if not (entry.parameters and other.parameters):
             return math.inf

@@ -1,15 +1,12 @@
 """Screenshots of the demo's tabs in use, by a real Chromium: what `make gallery` shows of it.
 
-    python -m stentor.demo.pictures docs/gallery -p RUN=demo
-
 Needs Chromium on this machine (Debian: apt-get install chromium) and playwright's package.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
-import sys
+import tempfile
 from pathlib import Path
 
 from stentor.files import ParameterError
@@ -160,27 +157,24 @@ def take(address: str, folder) -> list[Path]:
     return taken
 
 
-def main(argv: list[str] | None = None) -> int:
-    from stentor.demo.command import opened_demo
-    from stentor.demo.app import close, start
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder")
-    parser.add_argument("-p", dest="parameters", nargs="*", default=[], metavar="NAME=VALUE")
-    arguments = parser.parse_args(argv)
-    folder = arguments.folder
-    try:
-        find_browser()
-        pairs = (pair.partition("=") for pair in arguments.parameters)
-        blocks, _ = opened_demo({name: value for name, _, value in pairs})
+def take_of_run(run_dir, folder) -> list[Path]:
+    """The screenshots of a run's demo, served for as long as they take; their paths.
+
+    The vote that one of them shows is not among those of people. Raises ParameterError, one
+    sentence, without a browser, Gradio or a model, and where a page does not come so far.
+    """
+    from stentor.demo.command import needs_gradio
+    run_dir = Path(run_dir)
+    find_browser()
+    needs_gradio()
+    from playwright.sync_api import Error
+
+    from stentor.demo.app import close, open_demo, start
+    with tempfile.TemporaryDirectory() as votes:
+        blocks = open_demo(run_dir.parent, run_dir.name, votes=Path(votes) / "votes.jsonl")
         try:
-            print("\n".join(map(str, take(start(blocks), folder))))
+            return take(start(blocks), folder)
+        except Error as error:
+            raise ParameterError([f"Chromium gave up: {error.message.splitlines()[0]}"]) from None
         finally:
             close(blocks)
-    except ParameterError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -172,7 +173,6 @@ def _gradio() -> str:
 
 
 def _json(content: dict) -> str:
-    import json
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from stentor.demo.generating import settings_of
 from stentor.demo.models import Models
 from stentor.demo.presets import NAMES, preset
 from stentor.files import ParameterError, StentorError
@@ -96,14 +95,9 @@ def model_choice(demo: Demo, value: str | None = None, label: str = "Model") -> 
 
 @dataclass
 class Sampling:
-    """The sliders; `inputs` in the order of `settings_of`."""
+    """The sliders; `inputs` in the order of `generating.settings_of`."""
     inputs: list
     seed: gr.Number
-    sources: gr.HTML
-
-    @staticmethod
-    def read(temperature, top_p, penalty, max_new_tokens) -> dict:
-        return settings_of(temperature, top_p, penalty, max_new_tokens)
 
 
 def sampling(demo: Demo, model: gr.Dropdown, chips: bool = True, temperature: bool = True,
@@ -127,7 +121,7 @@ def sampling(demo: Demo, model: gr.Dropdown, chips: bool = True, temperature: bo
     for button in buttons:
         button.click(lambda name, chip=button.value: _chip(demo, chip, name), model,
                      [*sliders, about], queue=False, api_visibility="private")
-    return Sampling(sliders, seed, about)
+    return Sampling(sliders, seed)
 
 
 def _source(card: str) -> str:

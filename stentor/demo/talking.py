@@ -100,7 +100,7 @@ def compared(demo: Demo, request, mode, names, prompt, sliders, seed):
         yield _pair(done) + page.note("Which is better?"), Round(state), True
     except Exception as error:
         said = told(error)
-        if hidden and done is not None:
+        if hidden:
             for side, name in zip("AB", names):
                 said = said.replace(name, f"Model {side}")
         yield _pair([*done, page.refused(said)]), None, False
