@@ -6,11 +6,13 @@ in one pass and keeps what it would have said itself.
 The text is the target's own: under greedy decoding token for token, sampled from the same
 distribution (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1). transformers'
 generate(assistant_model=...) does it for greedy decoding, with one tokenizer or two, see
-`assisted`; the loop here also counts what was accepted, and samples across vocabularies exactly,
-for which transformers cuts down the draft's lm_head in place.
+`assisted`; the loop here also counts what was accepted, takes two tokenizers of one size, which
+transformers refuses, and samples across vocabularies exactly, for which transformers cuts down the
+draft's lm_head in place.
 """
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -39,7 +41,7 @@ def decoding_problems(target, draft, tokenizer, draft_tokenizer, matched: bool =
                 f"have vocab_size = {sizes[0]:,} and {sizes[1]:,}, and")
         problems.append(f"draft and target {both} different tokenizers, so an id means another "
                         "word to each: decode across vocabularies, with both tokenizers "
-                        "(matched=None).")
+                        "(su.decoding.speculative, matched=None).")
     return problems
 
 
@@ -48,12 +50,17 @@ def assisted(target, draft, tokenizer, draft_tokenizer, *, matched: bool | None 
     """What to give target.generate(...) for transformers' own assisted generation.
 
     matched: None for as the tokenizers say; True where ids are meant to be shared. Raises
-    ParameterError for different tokenizers then, which transformers takes for the same where the
-    sizes are equal, and for sampling across vocabularies: take `speculative`. Across vocabularies
-    transformers 5.23 raises "cannot reshape tensor of 0 elements" on texts where its search for
-    what both tokenisations share leaves the draft nothing new to read; `speculative` does not.
+    ParameterError for different tokenizers then, for different ones of one size in any case
+    (transformers goes by vocab_size, and takes them for the same or, given both, refuses), and for
+    sampling across vocabularies: take `speculative`. Across vocabularies transformers 5.23 raises
+    "cannot reshape tensor of 0 elements" on texts where its search for what both tokenisations
+    share leaves the draft nothing new to read; `speculative` does not.
     """
     same = _is_matched(target, draft, tokenizer, draft_tokenizer, matched)
+    if not same and target.config.vocab_size == draft.config.vocab_size:
+        raise ParameterError(["draft and target have two tokenizers of one size, vocab_size = "
+                              f"{draft.config.vocab_size:,}, and transformers refuses to assist "
+                              "across them: take su.decoding.speculative(...)."])
     if not same and do_sample:
         raise ParameterError(["do_sample = True across vocabularies: transformers cuts the draft's "
                               "lm_head down in place and drops its repetition penalty; take "
@@ -243,7 +250,8 @@ def speculative(target, draft, ids: list[int], max_new_tokens: int, *, tokenizer
         new, accepted = _verify(rows, text, tokens, drawn_from, choose)
         new = new[:1 + next((i for i, token in enumerate(new) if token in ends), len(new))]
         made.ids += new
-        made.proposed, made.accepted = made.proposed + len(tokens), made.accepted + accepted
+        made.proposed += len(tokens)
+        made.accepted += min(accepted, len(new))      # what stood behind the text's end is not kept
         made.passes += 1
         if streamer is not None:
             streamer.put(torch.tensor(new))
@@ -266,11 +274,15 @@ def compare_decoding(target, draft, prompts: list[list[int]], max_new_tokens: in
     """Rows of one table: plain greedy decoding, transformers' assisted generation, our loop.
 
     Each with seconds, tokens_per_second, speed_up over plain (below 1: slower), and how many of n
-    continuations equal the plain ones, or raised an error; ours with the acceptance rate and its 95% Wilson interval,
-    and tokens per pass of the target.
+    continuations equal the plain ones, or raised an error; ours with the acceptance rate and its
+    95% Wilson interval, and tokens per pass of the target.
     """
-    pair = {"tokenizer": tokenizer, "draft_tokenizer": draft_tokenizer}
-    with_draft, loops = assisted(target, draft, **pair), []
+    pair, loops = {"tokenizer": tokenizer, "draft_tokenizer": draft_tokenizer}, []
+    _is_matched(target, draft, tokenizer, draft_tokenizer, None)       # that it can be done at all
+    try:
+        with_draft, refused = assisted(target, draft, **pair), ""
+    except ParameterError as error:
+        with_draft, refused = {}, str(error)
 
     def generated(ids, **more):
         given = torch.tensor([ids], device=target.device)
@@ -281,7 +293,7 @@ def compare_decoding(target, draft, prompts: list[list[int]], max_new_tokens: in
 
     def by_transformers(ids):
         try:
-            return generated(ids, **with_draft)
+            return refused or generated(ids, **with_draft)
         except (RuntimeError, ValueError, IndexError) as error:        # 5.23 across vocabularies:
             return f"{type(error).__name__}: {error}"                  # see `assisted`
 
@@ -289,26 +301,43 @@ def compare_decoding(target, draft, prompts: list[list[int]], max_new_tokens: in
         loops.append(speculative(target, draft, ids, max_new_tokens, draft_tokens=draft_tokens,
                                  **pair))
         return loops[-1].ids
-    from transformers.utils import logging
-    level = logging.get_verbosity()                   # else three lines a call about max_length
-    logging.set_verbosity_error()
-    plain, rows = None, []
-    for method, decode in (("plain greedy", generated),
-                           ("transformers, assisted", by_transformers),
-                           ("stentor, speculative", ours)):
-        decode(prompts[0])                            # not counted
-        begun = time.perf_counter()
-        texts = [decode(ids) for ids in prompts]
-        seconds = time.perf_counter() - begun
-        plain = plain or (texts, seconds)
-        rows.append({"method": method, "equal": sum(a == b for a, b in zip(texts, plain[0])),
-                     "n": len(texts), "raised": sum(isinstance(text, str) for text in texts),
-                     "seconds": seconds,
-                     "tokens_per_second": sum(len(x) for x in texts if isinstance(x, list)) / seconds,
-                     "speed_up": plain[1] / seconds})
-    logging.set_verbosity(level)
+    with _few_words():
+        rows = _timed({"plain greedy": generated, "transformers, assisted": by_transformers,
+                       "stentor, speculative": ours}, prompts)
     loops = loops[1:]
     kept, proposed = sum(x.accepted for x in loops), sum(x.proposed for x in loops)
     rows[-1] |= {"acceptance": proportion(kept, proposed), "proposed": proposed,
                  "tokens_per_pass": sum(len(x.ids) for x in loops) / sum(x.passes for x in loops)}
+    return rows
+
+
+@contextlib.contextmanager
+def _few_words():
+    """transformers at errors alone: else three lines a call about max_length."""
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _timed(methods: dict, prompts: list[list[int]]) -> list[dict]:
+    """A row of `compare_decoding` for each {name: ids -> new ids, or an error's text}, plain first.
+
+    A text that raised took no time worth the name: speed_up is of tokens per second.
+    """
+    plain, rows = None, []
+    for method, decode in methods.items():
+        decode(prompts[0])                            # not counted
+        begun = time.perf_counter()
+        texts = [decode(ids) for ids in prompts]
+        seconds = time.perf_counter() - begun
+        plain = plain or texts
+        made = sum(len(text) for text in texts if isinstance(text, list))
+        rows.append({"method": method, "equal": sum(a == b for a, b in zip(texts, plain)),
+                     "n": len(texts), "raised": sum(isinstance(text, str) for text in texts),
+                     "seconds": seconds, "tokens_per_second": made / seconds})
+        rows[-1]["speed_up"] = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
     return rows

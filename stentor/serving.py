@@ -65,14 +65,15 @@ def serve_command(folder, port: int = 8000) -> list[str]:
 def serving_commands(folder, port: int = 8000, gguf=None) -> dict[str, str]:
     """Shell commands of other servers with the same addresses, none of which was run here.
 
-    vLLM and SGLang need a GPU; llama.cpp takes 08's GGUF, whose tokenizer must be in the file.
+    vLLM and SGLang need a GPU. gguf: a file of 08 that is not fed ids, for llama.cpp; None: without.
     """
     path = shlex.quote(str(folder))
-    file = shlex.quote(str(gguf or "model-f16.gguf"))
-    return {"vLLM": f"vllm serve {path} --trust-remote-code --port {port}",
-            "SGLang": "python -m sglang.launch_server --model-path "
-                      f"{path} --trust-remote-code --port {port}",
-            "llama.cpp": f"llama-server -m {file} --port {port}"}
+    commands = {"vLLM": f"vllm serve {path} --trust-remote-code --port {port}",
+                "SGLang": "python -m sglang.launch_server --model-path "
+                          f"{path} --trust-remote-code --port {port}"}
+    if gguf:
+        commands["llama.cpp"] = f"llama-server -m {shlex.quote(str(gguf))} --port {port}"
+    return commands
 
 
 def free_port() -> int:

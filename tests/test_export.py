@@ -308,8 +308,25 @@ def test_a_process_a_format_measures_it_and_the_comparison_is_right(models, tiny
     assert 1e5 < row["memory_bytes"] < 1e9 and row["tokens_per_cpu_second"] > 0
     with pytest.raises(export.MeasuringFailed, match="onnx could not be measured"):
         export.measure_format("onnx", tmp_path / "nothing.onnx", asked, tmp_path / "measured", context=128, new_tokens=5)
-    with pytest.raises(su.ParameterError, match="the model has 16"):
+    with pytest.raises(su.ParameterError, match="need 41 positions, the model has 16"):
         export.measure_format("fp32", models.llama, asked, tmp_path / "measured", context=16)
+
+
+def test_the_memory_of_a_cpu_model_is_not_the_gpus(tmp_path, monkeypatch):
+    """A machine with a GPU that this format does not use: its memory was 0 there."""
+    from stentor.export import worker
+    runner = SimpleNamespace(greedy=lambda ids, n: [1] * n, losses=lambda ids: np.ones(len(ids) - 1, np.float32),
+                             log_probabilities=lambda ids: np.ones((len(ids), 4), np.float32), close=lambda: None)
+    for name, said in {"is_available": True, "reset_peak_memory_stats": None, "max_memory_allocated": 7}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda said=said: said)
+    monkeypatch.setattr(worker, "load_runtime", lambda form: None)
+    monkeypatch.setattr(worker, "open_runner", lambda *path, **how: runner)
+    monkeypatch.setattr(worker, "resident", lambda: 1000)
+    spec = {"form": "onnx", "path": "", "prompts": [[1, 2]], "new_tokens": 3, "windows": [[1, 2, 3]], "kept": 1,
+            "context": 8, "threads": 1, "out": str(tmp_path / "onnx.json")}
+    assert worker.measure(spec)["speed"]["memory_bytes"] > 1e6
+    runner.on_gpu = True
+    assert worker.measure(spec)["speed"]["memory_bytes"] == 7
 
 
 def test_what_cannot_be_made_is_one_sentence(models, tmp_path, monkeypatch):

@@ -9,16 +9,15 @@
     llama_cpp onnx_model runners    each of them asked the same
     worker measure claims           one process a format; equal tokens, loss, speed; what the cards say
 """
-from stentor.export.claims import CLAIMS, claims_table                                          # noqa: F401
+from stentor.export.claims import claims_table                                                  # noqa: F401
 from stentor.export.formats import (                                                            # noqa: F401
     FIVE_LINES, FORMATS, local_folder, model_problem, skipped, write_format)
 from stentor.export.gguf_file import write_gguf                                                 # noqa: F401
 from stentor.export.gguf_tokenizer import longest_match_share, why_not_gpt2                     # noqa: F401
 from stentor.export.llama_cpp import LlamaCpp                                                   # noqa: F401
 from stentor.export.measure import (                                                            # noqa: F401
-    HeldOut, MeasuringFailed, compare, held_out, measure_format)
+    MeasuringFailed, compare, held_out, measure_format)
 from stentor.export.onnx_files import write_onnx                                                # noqa: F401
 from stentor.export.onnx_model import OnnxModel                                                 # noqa: F401
 from stentor.export.packages import PINNED, missing                                             # noqa: F401
-from stentor.export.quantised import (                                                          # noqa: F401
-    bytes_held, load_dynamic_int8, write_floats, write_quantised)
+from stentor.export.quantised import bytes_held, load_dynamic_int8                              # noqa: F401

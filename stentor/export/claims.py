@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stentor.published import ALL_RECIPES
-from stentor.shapes import Shape, kv_cache_bytes, parameter_budget
+from stentor.shapes import Shape, kv_cache_bytes, parameter_budget, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Claim:
 
 
 P, S3, INSTRUCT = "stentor2-12m-preview", "stentor3-20m", "stentor-12m-instruct"
+WEIGHTS = {"fp32": "fp32", "fp16": "fp16 or bf16", "bf16": "fp16 or bf16",       # of shapes.WEIGHT_BYTES
+           "int8-bnb": "8-bit", "nf4-bnb": "4-bit", "fp4-bnb": "4-bit"}
 CLAIMS = (
     Claim(P, "FP32", "fp32", 49), Claim(P, "FP16", "fp16", 25),
     Claim(P, "\"~12 MB in FP16\", in another place", "fp16", 12),
@@ -36,22 +38,19 @@ CLAIMS = (
 def format_bytes(shape: Shape, form: str) -> float:
     """Bytes of the weights of a model of this shape, without a file's header.
 
-    The linear layers are what is quantised; embedding and norms are fp32 in torch's dynamic int8, fp16
-    else. bitsandbytes: an fp32 scale a row of int8, or for each 64 weights of 4 bits.
+    As shapes.weight_bytes has it, and here an fp32 scale a row of bitsandbytes' int8. torch's dynamic
+    int8 has embedding and norms in fp32.
     """
     if form.startswith("kv-"):
         return kv_cache_bytes(shape, 4096, 4 if form == "kv-fp32" else 2)
+    if form in WEIGHTS:
+        kv = shape.num_key_value_heads * shape.head_dim
+        rows = shape.num_hidden_layers * (3 * shape.hidden_size + 2 * kv + 2 * shape.intermediate_size)
+        return weight_bytes(shape, WEIGHTS[form]) + (4 * rows if form == "int8-bnb" else 0)
     parts = parameter_budget(shape)
-    linear, total = parts["attention"] + parts["ffn"], sum(parts.values())
-    kv = shape.num_key_value_heads * shape.head_dim
-    rows = shape.num_hidden_layers * (3 * shape.hidden_size + 2 * kv + 2 * shape.intermediate_size)
-    table = shape.vocab_size * shape.hidden_size
-    return {"fp32": 4 * total, "fp16": 2 * total, "bf16": 2 * total,
-            "int8-dynamic": 4 * (total - linear) + linear,
-            "int8-dynamic-head": 4 * (total - linear) + linear + table,
-            "int8-bnb": 2 * (total - linear) + linear + 4 * rows,
-            "nf4-bnb": 2 * (total - linear) + linear / 2 + linear / 64 * 4,
-            "fp4-bnb": 2 * (total - linear) + linear / 2 + linear / 64 * 4}[form]
+    linear = parts["attention"] + parts["ffn"]
+    table = shape.vocab_size * shape.hidden_size if form == "int8-dynamic-head" else 0
+    return 4 * (sum(parts.values()) - linear) + linear + table
 
 
 def claims_table():

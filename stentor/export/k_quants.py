@@ -43,7 +43,6 @@ def encode_q4_k(rows: np.ndarray) -> np.ndarray:
     blocks = rows.reshape(-1, 8, 32)
     floor = np.minimum(blocks.min(2), 0)
     scale, lowest = (blocks.max(2) - floor) / 15, -floor
-    scale = np.maximum(scale, 0)
     whole, whole_low = _fp16(scale.max(1) / 63), _fp16(lowest.max(1) / 63)
     steps = np.clip(np.rint(_divide(scale, whole[:, None])), 0, 63).astype(np.uint8)
     lows = np.clip(np.rint(_divide(lowest, whole_low[:, None])), 0, 63).astype(np.uint8)

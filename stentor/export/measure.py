@@ -21,6 +21,7 @@ from stentor.recipes import Source
 from stentor.sources import clean_documents
 from stentor.statistics import bootstrap
 from stentor.tokenizer import encode_documents, tokenizer_sha256
+from stentor.tokens import held_out_text
 
 RESAMPLES = 2000
 
@@ -65,8 +66,7 @@ def _held_out_ids(run_dir, tokenizer) -> tuple[list[np.ndarray], str]:
     if (store / "manifest.json").is_file():
         manifest = json.loads((store / "manifest.json").read_text())
         if manifest["fingerprint"]["tokenizer_sha256"] == tokenizer_sha256(tokenizer):
-            files = [store / entry["validation"]["file"] for entry in manifest["sources"].values()]
-            ids = np.concatenate([np.fromfile(file, "<u2") for file in files if file.is_file()])
+            ids, _ = held_out_text(store, manifest)
             ends = np.flatnonzero(ids == manifest["eos_token_id"])
             documents = [piece[piece != manifest["eos_token_id"]] for piece in np.split(ids, ends)]
             return documents, "the run's held-out documents"
@@ -94,8 +94,8 @@ def measure_format(form: str, path, asked: HeldOut, folder, *, context: int, new
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    longest = max(map(len, asked.prompts)) + new_tokens
-    if max(longest, len(asked.windows[0])) > context:
+    longest = max(max(map(len, asked.prompts)) + new_tokens, len(asked.windows[0]))
+    if longest > context:
         raise ParameterError([f"prompts and windows need {longest} positions, the model has "
                               f"{context}: take shorter ones."])
     out = folder / f"{form}.json"

@@ -17,6 +17,7 @@ class Transformers:
         import torch
         from transformers import GenerationConfig
         self.torch, self.model = torch, model.eval()
+        self.on_gpu = self.model.device.type == "cuda"
         ends = model.generation_config
         self.eos = ends.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=self.eos, pad_token_id=ends.pad_token_id)

@@ -36,8 +36,8 @@ def measure(spec: dict) -> dict:
             said[tuple(ids)] = new
         return new
     found["speed"] = generation_speed(generate, spec["prompts"], spec["new_tokens"])
-    if spec["form"] != "int4-torchao":                # that one is on a GPU, and measured there
-        found["speed"]["memory_bytes"] = max(0, found["speed"]["memory_bytes"] - before)
+    if not getattr(runner, "on_gpu", False):          # else torch's own peak of the GPU it is on
+        found["speed"]["memory_bytes"] = max(0, peak_memory() - before)
     found["greedy"] = [said[tuple(ids)] for ids in spec["prompts"]]
     found["nats"] = [float(np.sum(runner.losses(ids), dtype=np.float64)) for ids in spec["windows"]]
     kept = [runner.log_probabilities(ids)[:-1] for ids in spec["windows"][:spec["kept"]]]
