@@ -20,9 +20,9 @@ from stentor.session import hours_left
 from stentor.shapes import Shape, count_parameters
 from stentor.tokens import plan_sources, source_names
 
-# Good documents of each embedded text that a twin's stage holds out, for about 10,000 tokens each:
-# a file of code is long, a paragraph is not.
-HELD_OUT = {"prose": 12, "code": 3, "math": 3, "textbooks": 12}
+# Good documents of each source that a twin's stage holds out, by its first source, for about 10,000
+# tokens of that: a file of code is long, a paragraph is not.
+HELD_OUT = {"prose": 12, "code": 3, "math": 3}
 
 
 def accounting(stages) -> list[dict]:
@@ -67,15 +67,16 @@ def local_stages(stages, shape: Shape, *, tokens: int, rate: float = 2e-3, textb
     for stage, sources in zip(stages, texts, strict=True):
         twin = stage.scaled_to("cpu")
         batch = 8 * stage.total_batch_size // stages[0].total_batch_size
-        budget = max(1, round(tokens * stage.token_budget / whole))
-        steps = -(-budget // (batch * twin.block_size))
-        block = min(twin.block_size, shape.max_position_embeddings)
-        twins.append(dataclasses.replace(
-            twin, shape=shape, sources=sources, token_budget=budget, block_size=block,
+        twin = dataclasses.replace(
+            twin, shape=shape, sources=sources,
+            token_budget=max(1, round(tokens * stage.token_budget / whole)),
+            block_size=min(twin.block_size, shape.max_position_embeddings),
             learning_rate=rate * stage.learning_rate / stages[0].learning_rate,
             per_device_train_batch_size=batch, max_eval_samples=HELD_OUT[sources[0].name],
-            eval_steps=max(1, -(-steps // 2)), best_eval_steps=max(1, -(-steps // 2)),
-            logging_steps=max(1, steps // 20), gradient_checkpointing=False))
+            gradient_checkpointing=False)
+        half = -(-twin.total_steps // 2)
+        twins.append(dataclasses.replace(twin, eval_steps=half, best_eval_steps=half,
+                                         logging_steps=max(1, twin.total_steps // 20)))
     return tuple(twins)
 
 
@@ -86,7 +87,8 @@ def prepare_stages(stages, tokenizer, folder, **reading) -> list[Path]:
     """
     stores = []
     for number, recipe in enumerate(stages, 1):
-        beside = [source for other in stages if other is not recipe for source in other.sources]
+        beside = [(source, other.max_eval_samples) for other in stages if other is not recipe
+                  for source in other.sources]
         shares = plan_sources(recipe)
         wanted = {name: int((shares == i).sum() + 1) * recipe.block_size
                   for i, name in enumerate(source_names(recipe))}

@@ -54,7 +54,8 @@ def fill_source(recipe, tokenizer, store_dir, name: str, *, shard_tokens: int,
         fcntl.flock(lock, fcntl.LOCK_EX)       # a killed run's worker may be in its last shard
         prepare_tokens([source], tokenizer, folder, tokens_per_source={name: wanted},
                        validation_documents=recipe.max_eval_samples, shard_tokens=shard_tokens,
-                       beside=[_as_filled(other, store_dir) for other in recipe.sources
+                       beside=[(_as_filled(other, store_dir), recipe.max_eval_samples)
+                               for other in recipe.sources
                                if other.name in set(source_names(recipe)) - {name}],
                        after_shard=wait_for_the_reader, progress=lambda text: None)
 

@@ -167,9 +167,8 @@ def describe_run(path: Path) -> None:
         write_atomically(path.parent / "environment.json", json.dumps(environment(), indent=1))
 
 
-def environment() -> dict:
-    """Versions and hardware, for environment.json. No environment variables: they may hold secrets."""
-    from importlib.metadata import distributions
+def machine() -> dict:
+    """The hardware and what runs on it, for a file of figures."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
@@ -177,8 +176,14 @@ def environment() -> dict:
     return {"python": platform.python_version(), "platform": platform.platform(),
             "cpu": cpu, "cpu_count": os.cpu_count(),
             "gpus": torch.cuda.device_count(), "cpu_has_bf16": cpu_has_bf16(),
-            "packages": dict(sorted((one.metadata["Name"] or "", one.version)
-                                    for one in distributions()))}
+            "torch": torch.__version__}
+
+
+def environment() -> dict:
+    """`machine` and all versions, for environment.json. No environment variables: they may hold secrets."""
+    from importlib.metadata import distributions
+    return machine() | {"packages": dict(sorted((one.metadata["Name"] or "", one.version)
+                                                for one in distributions()))}
 
 
 def train_from_file(path) -> dict:

@@ -150,8 +150,8 @@ def run_master_test(models: dict, tokenizer, path, *, seed: int = 42, test: dict
     """Every fragment continued by every model, scored, and logged whole in the file `path`.
 
     models: {name: model}. Temperature and length by category, no repetition penalty: repetition is
-    one of the things looked for. Returns what the file holds: "settings", "log" (a row a fragment
-    and model: the settings, the text, its scores) and "summary" of `summarise`.
+    one of the things looked for. Returns what the file holds: "seed", "about", "log" (a row a fragment
+    and model: the settings, the text, its scores), "summary" of `summarise` and "elsewhere".
     """
     test = test or read_test()
     log = []

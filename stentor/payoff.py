@@ -1,6 +1,6 @@
 """Does growing pay? A small model, what it grows into, and the large one from scratch, over compute.
 
-    python -m stentor_utils growth outputs/growth [-p SEEDS=42,43,44 TOKENS=... ...]
+    python -m stentor_utils growth outputs/growth [-p SEEDS=42,43,44 SCRATCH_TOKENS=... ...]
 
 Each seed trains four kinds of run on one token store, through the one loop:
 
@@ -27,7 +27,7 @@ import numpy as np
 from stentor.files import ParameterError, write_atomically
 from stentor.folders import load_model
 from stentor.growth import grow_model, larger_shape
-from stentor.launch import environment
+from stentor.launch import machine
 from stentor.metrics import read_metrics
 from stentor.model import build_model
 from stentor.notebooks import read_value
@@ -67,7 +67,6 @@ class Trial:
     scratch_tokens: int
     shares: tuple[float, ...] = (AIM, 1.0)
     rate: float = RATE
-    base_decays: bool = True                          # False: its rate stays up, for a model to go on
     evaluations: int = 5
     large: Shape | None = None
     large_fields: dict | None = None                  # of the large shape's recipe, such as its rates
@@ -106,9 +105,6 @@ class Trial:
         every = max(1, steps // self.evaluations)
         rates = {rate: getattr(recipe, rate) * self.rate for rate in
                  ("learning_rate", "matrix_learning_rate") if goes_on and getattr(recipe, rate)}
-        if kind == "base" and not self.base_decays:
-            recipe = dataclasses.replace(recipe, lr_scheduler_type="warmup_stable_decay",
-                                         stable_ratio=1 - recipe.warmup_ratio)
         return dataclasses.replace(
             recipe, name=f"{recipe.name} {name}", seed=seed + 1000 * goes_on, **rates,
             shape=recipe.shape if kind == "base" else self.large_shape,
@@ -277,7 +273,7 @@ def first_at(run: dict, loss: float) -> float | None:
     for tokens, value in run["curve"]:
         flops = tokens * run["flops_per_token"]
         if value <= loss:
-            if before is None or before[1] == value:
+            if before is None:
                 return flops
             part = (before[1] - loss) / (before[1] - value)
             return before[0] + part * (flops - before[0])
@@ -287,18 +283,12 @@ def first_at(run: dict, loss: float) -> float | None:
 
 def catches_up(scratch: dict, grown: dict) -> float | None:
     """FLOPs, the base's counted, at which scratch's curve first is not above grown's; None: never."""
-    last = grown["curve"][-1][0] * grown["flops_per_token"] * 1.02
+    last = grown["curve"][-1][0] * grown["flops_per_token"] * 1.02    # both end on whole steps
     for tokens, loss in scratch["curve"]:
         own = tokens * scratch["flops_per_token"] - grown["before"]
         if 0 <= own <= last and loss <= loss_at(grown, own):
             return own + grown["before"]
     return None
-
-
-def machine() -> dict:
-    found = environment()
-    return {key: found[key] for key in ("cpu", "cpu_count", "gpus", "python", "platform")} | {
-        "torch": found["packages"].get("torch")}
 
 
 # The command.
@@ -312,7 +302,8 @@ def command(folder, given: dict[str, str]) -> str:
     """
     kinds = {"SEEDS": "list[int]", "BASE_TOKENS": "int", "SCRATCH_TOKENS": "int", "RATE": "float",
              "RECIPE": "str"}
-    rules = {"SEEDS": items(number(0, 2**31 - 1, integer=True)), "RATE": number(1e-6, 100),
+    rules = {"SEEDS": items(number(0, 2**31 - 2000, integer=True)),    # + 1000 in recipe_of
+             "RATE": number(1e-6, 100),
              "BASE_TOKENS": number(1, integer=True, optional=True), "SCRATCH_TOKENS": number(1, integer=True),
              "RECIPE": list(ALL_RECIPES)}
     values = {"SEEDS": [42, 43, 44], "BASE_TOKENS": None, "SCRATCH_TOKENS": TOKENS, "RATE": RATE,

@@ -33,7 +33,8 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
     tokens_per_source: {source.name: tokens wanted}; one that ends earlier is in more epochs.
     The first `validation_documents` good documents of each source are its validation text and never
     enter training, nor does a training document that is equal to one of these of any source, or of
-    the sources `beside` this store, which other folders hold (counted as "also in validation").
+    what other folders hold out: `beside`, pairs of (source, its validation documents). Those are
+    counted as "also in validation".
     Documents that are null, empty, not a string, invalid UTF-8 or longer than `longest_document`
     characters are skipped and counted. Writes manifest.json (atomically, after each shard):
     tokenizer hash, sources, counts of documents, tokens and UTF-8 bytes of the cleaned text, sha256
@@ -63,7 +64,7 @@ def prepare_tokens(sources, tokenizer, store_dir, *, tokens_per_source: dict[str
         store.write_validation(name, texts)
     if todo:
         left_out = store.validation_documents()
-        left_out |= _documents_beside(store, beside, validation_documents, cleaning)
+        left_out |= _documents_beside(store, beside, cleaning)
     for source in sources:
         if source.name in todo:
             writer = _ShardWriter(store, source, left_out)
@@ -182,10 +183,10 @@ def _held_out(source: Source, entry: dict, wanted: int, cleaning: dict) -> list[
     raise ParameterError([_too_few(source, len(texts), wanted, skipped)])
 
 
-def _documents_beside(store: _Store, beside, wanted: int, cleaning: dict) -> set[bytes]:
+def _documents_beside(store: _Store, beside, cleaning: dict) -> set[bytes]:
     """The validation documents of sources that other folders hold, as this store's ids."""
     found = set()
-    for source in beside:
+    for source, wanted in beside:
         with contextlib.suppress(ParameterError):     # the call that fills it says so
             texts = _held_out(source, {}, wanted, cleaning)
             found |= store.documents_of(store.encoded(texts)[0])

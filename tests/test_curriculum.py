@@ -81,7 +81,7 @@ def test_the_small_twin_keeps_the_cards_proportions(tmp_path):
 
 @pytest.fixture(scope="module")
 def three_stages(tiny, tmp_path_factory):
-    """Three stages on three texts, each in a process of its own: (folder, stages, summaries)."""
+    """Three stages on three texts, each in a process of its own: (folder, stages, summaries, the small model)."""
     from pydoc_data.topics import topics
     folder, words = tmp_path_factory.mktemp("growth"), sorted(topics)
     parts = {"one": [topics[name] for name in words[:25]], "two": [topics[name].upper() for name in words[25:50]],
@@ -131,28 +131,38 @@ def test_the_first_stage_begins_with_the_function_of_the_small_model(three_stage
     assert run["start"] == "../stage1/final" and set(run["texts"]) == {f"text of stage {n}" for n in (1, 2, 3)}
 
 
-def test_no_stage_trains_on_what_another_holds_out(three_stages):
+def test_no_stage_trains_on_what_another_holds_out(tiny, tmp_path):
+    """Each stage's text has what the other holds out behind its own held-out documents; the stages hold out 6 and 2."""
+    from pydoc_data.topics import topics
+    texts = [topics[name] for name in sorted(topics)[:20]]
+    order = {"one": texts, "two": texts[10:] + texts[:10]}
+    stages = []
+    for (name, documents), held_out in zip(order.items(), (6, 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        stages.append(dataclasses.replace(tiny.recipe, name=name, sources=(su.Source(name, str(tmp_path / f"{name}.jsonl")),),
+                                          max_eval_samples=held_out, token_budget=200_000))
+    stores = su.curriculum.prepare_stages(stages, tiny.tokenizer, tmp_path, progress=lambda text: None)
+    held, trained = {}, {}
+    for name, folder in zip(order, stores):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        entry, eos = manifest["sources"][name], manifest["eos_token_id"]
+
+        def documents_of(files):
+            ids = np.concatenate([np.fromfile(folder / file["file"], "<u2") for file in files])
+            return {part.tobytes() for part in np.split(ids, np.flatnonzero(ids == eos) + 1) if len(part) > 1}
+        held[name], trained[name] = documents_of([entry["validation"]]), documents_of(entry["shards"])
+    assert (len(held["one"]), len(held["two"])) == (6, 2)
+    for mine in trained.values():                     # all the rest, and nothing that is held out
+        assert len(mine) == 20 - 8 and not mine & (held["one"] | held["two"])
+
+
+def test_stages_of_another_curriculum_are_refused_before_any_is_begun(three_stages, tiny):
     folder, stages, *_ = three_stages
-    held = {}
-    for number in (1, 2, 3):
-        tokens = folder / f"stage{number}" / "tokens"
-        manifest = json.loads((tokens / "manifest.json").read_text())
-        for name, entry in manifest["sources"].items():
-            eos = manifest["eos_token_id"]
-            ids = np.fromfile(tokens / entry["validation"]["file"], "<u2")
-            held[name] = {part.tobytes() for part in np.split(ids, np.flatnonzero(ids == eos) + 1) if len(part) > 1}
-            train = np.concatenate([np.fromfile(tokens / shard["file"], "<u2") for shard in entry["shards"]])
-            mine = {part.tobytes() for part in np.split(train, np.flatnonzero(train == eos) + 1)}
-            assert held[name] and not mine & set().union(*held.values())
-
-
-def test_stages_that_are_done_are_kept_and_other_ones_refused_before_any_is_trained(three_stages, tiny):
-    folder, stages, summaries, _ = three_stages
-    before = (folder / "stage3" / "final" / "model.safetensors").read_bytes()
+    said, before = [], (folder / "stage3" / "final" / "model.safetensors").read_bytes()
     other = [stages[0], dataclasses.replace(stages[1], learning_rate=1e-3), stages[2]]
     with pytest.raises(su.CheckpointError, match="learning_rate"):
-        su.curriculum.run_stages(other, folder / "grown", tiny.tokenizer_dir, folder, say=lambda text: None)
-    assert (folder / "stage3" / "final" / "model.safetensors").read_bytes() == before
+        su.curriculum.run_stages(other, folder / "grown", tiny.tokenizer_dir, folder, say=said.append)
+    assert not said and (folder / "stage3" / "final" / "model.safetensors").read_bytes() == before
 
 
 def test_a_start_goes_with_neither_xla_nor_a_growing_store(tiny, tmp_path):

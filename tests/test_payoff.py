@@ -50,9 +50,8 @@ def test_the_verdict_of_written_curves(trial):
     assert loss_at(scratch, 500) == 7.0
     found = {"base": [run(1, [[0, 8.0], [40, 6.5]])], f"grown {AIM:.0%}": [run(1, [[0, 6.5], [60, 4.9]], 400.0)],
              "grown 100%": [grown], "copied": [run(1, [[0, 9.0], [100, 5.2]], 400.0)], "scratch": [scratch]}
-    fixed = dataclasses.replace(trial)
-    object.__setattr__(fixed, "scratch_tokens", 2000 / fixed.flops_per_token("scratch"))
-    object.__setattr__(fixed, "base_tokens", 400 / fixed.flops_per_token("base"))
+    fixed = dataclasses.replace(trial, scratch_tokens=2000 / trial.flops_per_token("scratch"),
+                                base_tokens=400 / trial.flops_per_token("base"))
     said = verdict(fixed, found)
     assert said["pays"] and said["gap"]["grown 60%"] == [pytest.approx(-0.1)] and said["gap"]["copied"] == [pytest.approx(0.2)]
     assert said["reached"] == {1: pytest.approx((750 + 400) / 2000)} and said["reached_uncounted"] == {1: pytest.approx(0.375)}
@@ -83,7 +82,8 @@ def test_a_tiny_trial_trains_every_run_of_every_seed_and_writes_it_down(trial, t
 
 
 @pytest.mark.parametrize("given, said", [
-    ({"SEED": "3"}, "SEED is not"), ({"SEEDS": "a"}, "SEEDS"), ({"RECIPE": "stentor-31m"}, "RECIPE"), ({"RATE": "0"}, "RATE")])
+    ({"SEED": "3"}, "SEED is not"), ({"SEEDS": "a"}, "SEEDS"), ({"SEEDS": "2147483647"}, "SEEDS"),
+    ({"RECIPE": "stentor-31m"}, "RECIPE"), ({"RATE": "0"}, "RATE")])
 def test_the_command_refuses_in_a_sentence(given, said, tmp_path):
     with pytest.raises(su.ParameterError, match=said):
         command(tmp_path / "growth", given)

@@ -76,4 +76,5 @@ if __name__ == "__main__":
     found = [measure(*one, repeats=int(sys.argv[1]) if sys.argv[1:] else 10) for one in RECIPES]
     folder = REPO / "outputs" / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "optimizer.json").write_text(json.dumps({"threads": torch.get_num_threads(), "measured": found}, indent=1))
+    su.write_atomically(folder / "optimizer.json",
+                        json.dumps({"threads": torch.get_num_threads(), "measured": found}, indent=1))

@@ -28,6 +28,8 @@ import stentor.checkpoints  # noqa: E402
 import stentor.engine  # noqa: E402
 import stentor.process  # noqa: E402
 import stentor_utils as su  # noqa: E402
+from stentor.launch import machine  # noqa: E402
+from stentor.shapes import training_flops  # noqa: E402
 from tokenmonster_hf import TokenMonsterTokenizer, Vocabulary  # noqa: E402
 
 STEPS = {"1.5M": 8, "12.3M": 4}                       # timed steps a turn
@@ -249,12 +251,6 @@ def matmul_peak(dtype) -> float:
     return 2 * 2048**3 / best
 
 
-def flops_per_token(recipe) -> float:
-    """6 x parameters (the tied embedding is the head's matmul) + 12 x layers x hidden x length of attention scores."""
-    s = recipe.shape
-    return 6 * su.count_parameters(s) + 12 * s.num_hidden_layers * s.hidden_size * recipe.block_size
-
-
 def bench_ours(shape, store_dir, rounds):
     recipe, steps = bench_recipe(shape), STEPS[shape]
     peak = {"bf16": matmul_peak(torch.bfloat16), "fp32": matmul_peak(torch.float32)}
@@ -263,7 +259,7 @@ def bench_ours(shape, store_dir, rounds):
     for name, label in CONTESTANTS.items():
         rates = [steps * recipe.tokens_per_step / t["wall"] for t in turns[name]]
         dtype = "bf16" if name not in ("ours-fp32", "plain", "trainer") and su.cpu_has_bf16() else "fp32"
-        mfu = statistics.median(rates) * flops_per_token(recipe) / peak[dtype]
+        mfu = statistics.median(rates) * training_flops(recipe.shape, recipe.block_size) / peak[dtype]
         faster, cpu = ratios(turns[name], turns["trainer"]), ratios(turns[name], turns["trainer"], "cpu")
         rows.append([label, spread(rates, "{:,.0f}"), spread(faster), spread(cpu), f"{turns[name][-1]['peak_mb']:,.0f}",
                      f"{mfu:.0%} of {dtype}"])
@@ -402,7 +398,7 @@ def main():
     given = arguments.parse_args()
 
     before = json.loads(given.out.read_text()) if given.out.exists() else {}         # parts not run now stay
-    result = {**before, "machine": {key: value for key, value in su.environment().items() if key != "packages"},
+    result = {**before, "machine": machine(),
               "torch": torch.__version__, "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import stentor_utils as su  # noqa: E402
 from speedrun_figures import bisected, draw, markdown, summarised  # noqa: E402
+from stentor.launch import machine  # noqa: E402
 from stentor.notebooks import run_notebooks  # noqa: E402
 from stentor.tuning import tuned_rates  # noqa: E402
 
@@ -237,7 +238,7 @@ class Speedrun:
 
     def report(self) -> None:
         runs = [json.loads(path.read_text()) for path in sorted((self.folder / "runs").glob("*.json"))]
-        report = {"machine": {key: value for key, value in su.environment().items() if key != "packages"},
+        report = {"machine": machine(),
                   "tokens": self.given.tokens, "seed_tokens": self.given.seed_tokens, "width": self.given.width,
                   **summarised(runs, self.given.tokens, self.given.test_width),
                   "runs": [{key: value for key, value in run.items() if key != "recipe"} for run in runs]}

@@ -39,10 +39,8 @@ def value_at(values: dict[int, float], tokens: float) -> float:
     """A straight line between the two runs around `tokens`: of their seconds, say. inf beyond the last."""
     if tokens > max(values):
         return math.inf
-    high = min(n for n in values if n >= tokens)
-    low = max((n for n in values if n <= tokens), default=high)
-    part = (tokens - low) / (high - low) if high > low else 0.0
-    return values[low] + part * (values[high] - values[low])
+    at = sorted(values)
+    return float(np.interp(tokens, at, [values[n] for n in at]))
 
 
 def bisected(loss_at, budgets: list[int], target: float) -> dict[int, float]:
@@ -155,7 +153,7 @@ def means(rows: list[dict], key: str, form: str = "{:.3f}") -> str:
 
 
 def markdown(report: dict) -> str:
-    """The tables of the README, every seed listed."""
+    """The tables of docs/results.md, every seed listed."""
     machine = f"{report['machine']['cpu']}, {report['machine']['cpu_count']} cores"
     parts = [f"The speedrun (`make speedrun`): to the evaluation loss of the card's recipe after {report['tokens']:,} tokens; "
              f"means with 95% intervals over seeds; {machine}:"]
