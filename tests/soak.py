@@ -243,7 +243,7 @@ def main() -> int:
 
 
 def report(folder: Path, counts: dict) -> None:
-    """outputs/reliability.json, and the table that `make results` puts into the README."""
+    """outputs/reliability.json, and the table that `make results` puts into docs/results.md."""
     (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
     machine = su.environment()
     su.write_atomically(folder / "reliability.json", json.dumps(

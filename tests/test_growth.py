@@ -182,11 +182,15 @@ su.train(recipe, store, folder, tokenizer=tokenizer, model=grown)
     assert whole == killed
 
 
-def test_07_grows_the_run_s_model_or_the_published_one_and_refuses_before_work(tiny, tmp_path):
+def test_07_grows_the_run_s_model_or_the_published_one_and_refuses_before_work(tiny, tmp_path, monkeypatch):
+    from stentor import alone
     from notebook_functions import load_functions
     notebook = load_functions("07_growth")
     folder = notebook["model_folder"]
     assert folder(None, "cpu", [tmp_path]) is None                        # a small one is trained first
+    monkeypatch.setattr(alone, "internet", lambda: False)
+    assert "there is no model in" in next(notebook["shape_problems"](None, {}, "spread", "t4", [tmp_path]))
+    monkeypatch.setattr(alone, "internet", lambda: True)
     assert folder(None, "t4", [tmp_path]) == "hf:StentorLabs/Stentor-30M"
     small = su.build_model(tiny.recipe.shape, eos_token_id=tiny.tokenizer.eos_token_id)
     su.save_model_folder(small, tiny.tokenizer, tmp_path / "final")
