@@ -178,7 +178,8 @@ def read_source(source: Source, held_out: int, megabytes: float, seed: int):
 
 
 # What 01 takes where its parameters are None: (MB of text, seconds for the build, rounds of swaps).
-# On the CPU the rounds end it, on every machine with the same vocabulary.
+# On the CPU the rounds end it: the same text gives the same vocabulary however busy the machine is. The
+# embedded text is that of the installed packages, so one package more is another vocabulary.
 EFFORT = {"cpu": (6, 900, 12), "t4": (25, 170, 60), "tpu": (25, 170, 60)}
 
 
