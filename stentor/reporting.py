@@ -5,7 +5,8 @@
     <!-- end run -->
 
 The last word of the mark is the hash of what stands between: a figure that somebody typed over is found
-(`block_problems`, which `make lint` calls). A block whose files are not here stays as it is.
+(`block_problems`, which `make lint` calls). A block whose files are not here, or say the same, stays
+as it is, with the commit and the date at which its figures were first written.
 """
 from __future__ import annotations
 
@@ -33,18 +34,19 @@ def write_results(run_dir, *pages) -> list[str]:
     run_dir = Path(run_dir)
     read_json(run_dir / "summary.json")
     machine, written = environment(), []
-    stamp = (f"{machine['cpu']}, {machine['cpu_count']} cores; commit {_commit()}, "
+    stamp = (f"{machine['cpu']}, {machine['cpu_count']} cores; written at commit {_commit()}, "
              f"{date.today().isoformat()}")
     for page in map(Path, pages):
         if not page.is_file():
             raise ParameterError([f"{page} is not there; name README.md and docs/results.md."])
 
         def fresh(block):
-            if not (made := make_block(block["name"], run_dir)):
-                return block[0]
+            made = make_block(block["name"], run_dir)
+            if not made or block["text"].startswith(f"{made[0].strip()}\n\n*"):
+                return block[0]                       # the commit and date of its figures stay
             text, files = made
             written.append(block["name"])
-            return sealed(block["name"], f"{text}\n\n*{', '.join(files)}; {stamp}.*", files)
+            return sealed(block["name"], f"{text.strip()}\n\n*{', '.join(files)}; {stamp}.*", files)
         write_atomically(page, BLOCK.sub(fresh, page.read_text()))
     return written
 

@@ -30,11 +30,13 @@ def test_a_block_is_written_from_its_files_and_a_changed_figure_is_found(run_dir
     text = page.read_text()
     assert text.startswith("# A page\n\n") and text.endswith("\n\nThe end.\n") and "old" not in text
     assert "> **Prompt 2** text 2 &lt;b>" in text and "Prompt 3" not in text and "kept 12" in text
-    assert "outputs/demo/samples.json; " in text and "cores; commit " in text
+    assert "outputs/demo/samples.json; " in text and "cores; written at commit " in text
     assert block_problems(text) == []
     changed = block_problems(text.replace("text 2", "text 9").replace("kept 12", "kept 13"))
     assert [problem.split()[2] for problem in changed] == ["samples", "bench-speed"]
-    assert write_results(run_dir, page) and block_problems(page.read_text()) == []
+    assert write_results(run_dir, page) == [] and page.read_text() == text          # the same figures keep their commit
+    page.write_text(text.replace("text 2", "text 9"))
+    assert write_results(run_dir, page) == ["samples"] and "text 2 " in page.read_text()
 
 
 def test_a_benchmark_that_was_run_again_takes_its_place(run_dir, tmp_path):
