@@ -188,6 +188,36 @@ def draw_shares(ax, at, shares, colours) -> None:
                      for middle, source, share in zip(middles, shares, last)])
 
 
+# Parameters: 01, 02, 03, 06 and 08 draw where they sit.
+
+def draw_parts(ax, budgets: dict[str, dict[str, int]]) -> None:
+    """A bar a model of {name: parameters by part}, from the bottom up: the share of each part."""
+    rows, left = np.arange(len(budgets)), np.zeros(len(budgets))
+    total = np.array([sum(parts.values()) for parts in budgets.values()], float)
+    for part, colour in PART_COLOURS.items():
+        width = 100 * np.array([parts[part] for parts in budgets.values()]) / total
+        ax.barh(rows, width, left=left, color=colour, height=0.72)
+        for row in rows[width >= 4]:
+            ax.text(left[row] + width[row] / 2, row, f"{width[row]:.0f}", ha="center", va="center",
+                    fontsize=8, color="white" if part == "attention" else INK)
+        middle = min(left[-1] + width[-1] / 2, 99.9)
+        ax.text(middle, rows[-1] + 0.6, "FFN" if part == "ffn" else part, ha="center", fontsize=9)
+        left += width
+    ax.set(xlabel="share of the parameters (%)", xlim=(0, 100))
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+
+
+def draw_parameters(budgets: dict[str, dict[str, int]]):
+    """The figure of `draw_parts`, the first model on top, each with its total beside its name."""
+    budgets = dict(reversed(budgets.items()))
+    figure, ax = panels(8, 1.1 + 0.4 * len(budgets))
+    draw_parts(ax, budgets)
+    ax.set_yticks(range(len(budgets)), [f"{name}: {short(float(f'{sum(parts.values()):.3g}'))}"
+                                        for name, parts in budgets.items()])
+    return figure
+
+
 # Training curves: 02 and 03 draw their run, 06 several.
 
 def series(rows, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:

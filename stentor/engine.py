@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from stentor.loss import compile_layers, use_chunked_loss
 from stentor.optimizers import make_optimizer, optimizer_groups, set_learning_rate
+from stentor.process import peak_memory
 from stentor.recipes import Recipe
 
 
@@ -178,7 +178,7 @@ class Engine:
         """Peak memory of this process, for the log."""
         if self.device.type == "cuda":
             return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the device"
-        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
+        return f"{peak_memory() / 2**30:.1f} GiB of memory"
 
     def close(self):
         if self.world_size > 1:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -55,6 +56,15 @@ class CheckpointError(StentorError, RuntimeError):
 
 class TrainingFailed(StentorError, RuntimeError):
     """The training process ended with an error; the message is its last lines."""
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; {} where there is none, or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

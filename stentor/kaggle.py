@@ -20,7 +20,7 @@ from pathlib import Path
 from stentor.checkpoints import (
     checkpoint_folders, fingerprint_differences, newest_state, recipe_fingerprint, verify_checkpoint)
 from stentor.files import (
-    CheckpointError, ParameterError, RunLock, fsync_folder, remove, write_atomically)
+    CheckpointError, ParameterError, RunLock, fsync_folder, read_object, remove, write_atomically)
 from stentor.recipes import Recipe
 from stentor.shapes import count_parameters
 
@@ -127,7 +127,7 @@ def another_recipe(run: Path, recipe: Recipe) -> str | None:
             mine["shape"]["vocab_size"] = theirs["shape"].get("vocab_size")   # 01 decides it
         known = {key: theirs[key] for key in mine if key in theirs}
         return "; ".join(fingerprint_differences(known, mine)) or None
-    report = _read(run / "tokenizer" / "report.json")
+    report = read_object(run / "tokenizer" / "report.json")
     made = report.get("vocabulary"), report.get("vocab_size")
     if report and made != (recipe.tokenizer, recipe.shape.vocab_size):
         return (f"its tokenizer is {made[0]} of {made[1]} rows, {recipe.name} has "
@@ -138,22 +138,14 @@ def another_recipe(run: Path, recipe: Recipe) -> str | None:
 def _described(run: Path) -> dict:
     """The fingerprint of the recipe in run.json, or {}."""
     try:
-        return recipe_fingerprint(Recipe.from_dict(_read(run / "run.json")["recipe"]))
+        return recipe_fingerprint(Recipe.from_dict(read_object(run / "run.json")["recipe"]))
     except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def is_finished(run) -> bool:
     """Whether the run has its final model and a summary that no stop cut short."""
-    summary = _read(Path(run) / "summary.json")
+    summary = read_object(Path(run) / "summary.json")
     return bool(summary) and not summary.get("stopped") and bool(_signs(Path(run), ["final"]))
 
 
@@ -255,7 +247,7 @@ def _take(run: Path, run_dir: Path, leave, say) -> bool:
     with RunLock(run_dir):
         aside = run_dir / ".adopting"
         source = {"run": str(run), "progress": list(progress(run))}
-        if _read(aside / ".from.json") != source:     # of another run, or half moved in
+        if read_object(aside / ".from.json") != source:     # of another run, or half moved in
             remove(aside)
             aside.mkdir()
             write_atomically(aside / ".from.json", json.dumps(source))
@@ -315,7 +307,7 @@ def _copy_checkpoints(saved: list[Path], to: Path, say) -> list[int]:
             remove(to / folder.name)
             continue
         steps.append(step)
-        good = _read(folder / "state.json").get("good_step", step)
+        good = read_object(folder / "state.json").get("good_step", step)
         if len(steps) == 2 or not isinstance(good, int) or not 0 <= good < step:
             break
         newest = good

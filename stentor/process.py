@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -33,6 +34,12 @@ PROCESS_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "67108864", "GOMP_SPINCOUNT": "2000"}
 
 AN_ERROR = re.compile(r"(\[rank\d+\]: ?)?[\w.]+(Error|Exception)\b")
+
+
+def peak_memory() -> int:
+    """The highest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024       # Linux counts kB
 
 
 @dataclass

@@ -148,15 +148,24 @@ OTHER_FIGURES = (
      "prompts whose greedy continuation is transformers', token for token", _same_tokens))
 
 
+MAKE_RUN = "01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"
+
+
 def _minutes(run_dir: Path):
-    """How long each notebook took in its last run, by papermill's own clock."""
-    rows, files = [], []
-    for path in sorted((run_dir / "notebooks").glob("*.ipynb")):
-        seconds = json.loads(path.read_text())["metadata"].get("papermill", {}).get("duration")
-        if seconds:
-            rows.append(f"| {path.stem} | {duration(seconds)} |")
-            files += _names(run_dir, f"notebooks/{path.name}")
-    return ("\n".join(["| notebook | on this CPU |", "|---|---|", *rows]), files) if rows else None
+    """How long each notebook took in its last run, by papermill's own clock; those of `make run` together."""
+    paths = sorted((run_dir / "notebooks").glob("*.ipynb"))
+    clock = {path: json.loads(path.read_text())["metadata"].get("papermill", {}).get("duration")
+             for path in paths}
+    seconds = {path.stem: value for path, value in clock.items() if value}
+    if not seconds:
+        return None
+    rows = [["", *(name[:2] for name in seconds)], ["---"] * (len(seconds) + 1),
+            ["on this CPU", *map(duration, seconds.values())]]
+    together = [seconds[name] for name in MAKE_RUN if name in seconds]
+    said = (f"`make run` ({', '.join(name[:2] for name in MAKE_RUN)}) together: "
+            f"{duration(sum(together))}.") if len(together) == len(MAKE_RUN) else ""
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{said}"
+    return text, _names(run_dir, "notebooks/*.ipynb")
 
 
 def _names(run_dir: Path, *files: str) -> list[str]:

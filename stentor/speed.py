@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from stentor.process import peak_memory
+
 
 def generation_speed(generate: Callable[[list[int], int], list[int]], prompts: list[list[int]],
                      new_tokens: int) -> dict:
@@ -33,13 +35,6 @@ def generation_speed(generate: Callable[[list[int], int], list[int]], prompts: l
             "tokens_per_cpu_second": made / cpu, "cpu_seconds": cpu, "seconds": seconds,
             "first_token_seconds": statistics.median(first),
             "memory_bytes": torch.cuda.max_memory_allocated() if gpu else peak_memory()}
-
-
-def peak_memory() -> int:
-    """The highest resident size of this process so far, in bytes."""
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024       # Linux counts kB
 
 
 def replacement_rate(model, tokenizer, prompts: list[str], settings: list[dict], *,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch import nn
 from stentor.files import ParameterError
 from stentor.optimizers import make_optimizer, moments, optimizer_groups, set_learning_rate
 from stentor.precision import FP32Layer, Int8Linear, in_front_of
+from stentor.process import peak_memory
 
 
 class XlaEngine:
@@ -267,7 +267,7 @@ class XlaEngine:
             used, limit = info["bytes_used"] / 2**30, info["bytes_limit"] / 2**30
             return f"{used:.1f} of {limit:.1f} GiB on a device"
         except (RuntimeError, KeyError, TypeError):
-            return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
+            return f"{peak_memory() / 2**30:.1f} GiB of memory"
 
     def close(self) -> None:
         self.feeder.shutdown(wait=False, cancel_futures=True)

@@ -74,6 +74,19 @@ def test_the_figures_of_known_runs():
     assert figures.draw(found["ratios"]).axes[0].lines[0].get_ydata() == pytest.approx([25, 20] * 2)
 
 
+def test_runs_without_a_time_count_in_tokens_alone():
+    """Seed 2 was run with --loss-only: its share of the tokens stays, of the time there is only seed 1."""
+    runs = [run | {"seconds": None} if run["seed"] == 2 else run for run in made_runs()]
+    found = figures.summarised(runs, 1_000_000)
+    assert [row["share"] for row in found["ratios"]] == pytest.approx([1 / 4, 1 / 5] * 2)
+    assert {row["seed"] for row in found["times"]} == {1} and found["times"][1]["share"] == pytest.approx(1 / 4)
+    late = [run | {"seconds": None} if run["who"] == "without Muon" else run for run in made_runs()]
+    changed = figures.summarised(late, 1_000_000)
+    text = figures.markdown({"machine": {"cpu": "a CPU", "cpu_count": 2}, "tokens": 1_000_000, "seed_tokens": 1_000_000,
+                             "width": 128, **changed, "runs": late})
+    assert "| Muon | 400,000 | +0.1000 (one seed) |  |" in text
+
+
 def test_the_power_of_known_rates():
     """Losses with their least at 4e-3 x (128 / width) ** 0.5, asked around 5e-3 at every width: found, and predicted."""
     runs = []
@@ -121,9 +134,9 @@ def test_a_whole_speedrun_and_its_second_call(tiny, tmp_path):
     """Every part on a shape of width 32; called again it trains nothing."""
     store = su.prepare_tokens([su.Source("prose", str(tiny.source.path))], tiny.tokenizer, tmp_path / "tokens",
                               tokens_per_source={"prose": 60_000}, validation_documents=4)
-    command = [sys.executable, "tests/benchmarks/speedrun.py", "--parts", "target", "trainer", "--seeds", "1",
-               "--tokens", "30000", "--width", "32", "--shares", "0.3", "1.0", "--tokenizer", str(tiny.tokenizer_dir),
-               "--store", str(store), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "tests/benchmarks/speedrun.py", "--parts", "target", "own-rate", "trainer", "trainer-bf16",
+               "--seeds", "1", "--tokens", "30000", "--width", "32", "--shares", "0.3", "1.0",
+               "--tokenizer", str(tiny.tokenizer_dir), "--store", str(store), "--out", str(tmp_path / "out")]
     first, second = (subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout for _ in range(2))
     report = json.loads((tmp_path / "out/speedrun.json").read_text())
     losses = {(run["who"], run["budget"]): run["eval_loss"] for run in report["runs"]}

@@ -5,8 +5,6 @@ memory holds the cache of one answer whatever waits, and torch keeps one pool of
 """
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 from collections import OrderedDict
@@ -18,7 +16,7 @@ import torch
 
 from stentor.alone import PUBLISHED_MODELS
 from stentor.cards import card_name
-from stentor.files import ParameterError, StentorError
+from stentor.files import ParameterError, StentorError, read_object
 from stentor.folders import load_model
 from stentor.hub import hub_commit
 from stentor.published import RECIPES
@@ -91,25 +89,17 @@ def _newest_model(folder: Path) -> float:
 def models_of_run(folder) -> list[Entry]:
     """final/ and instruct/final/ of a run folder, those that are there."""
     folder, found = Path(folder), []
-    run = _read(folder / "run.json").get("recipe") or {}
+    run = read_object(folder / "run.json").get("recipe") or {}
     recipe = card_name(str(run.get("name", "")))
     if (folder / "final" / "config.json").is_file():
         found.append(Entry(folder.name, str(folder / "final"), recipe=recipe,
                            parameters=_parameters(folder / "final")))
     tuned = folder / "instruct" / "final"
     if (tuned / "config.json").is_file():
-        system = _read(folder / "instruct" / "sft_summary.json").get("system") or ""
+        system = read_object(folder / "instruct" / "sft_summary.json").get("system") or ""
         found.append(Entry(f"{folder.name}, instruct", str(tuned), chat=True, system=str(system),
                            recipe="stentor-12m-instruct", parameters=_parameters(tuned)))
     return found
-
-
-def _read(path: Path) -> dict:
-    """The JSON object in a file; {} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    return {}
 
 
 def _parameters(folder: Path) -> int | None:

@@ -16,7 +16,8 @@ import numpy as np
 
 from stentor.export.runners import load_runtime, open_runner
 from stentor.files import write_atomically
-from stentor.speed import generation_speed, peak_memory
+from stentor.process import peak_memory
+from stentor.speed import generation_speed
 
 
 def measure(spec: dict) -> dict:

@@ -10,13 +10,17 @@ the card's tokens, each laid out for its own budget; which shares is found by bi
 neighbours of the target log(tokens) is interpolated. Time is that of a whole process, imports, compilation and the saved
 model included, at the same place between the same two runs; contestants alternate, and each seed turns their order round.
 
-Parts: `target` (card, card at the twin's own rate, ours), `seeds` (ours at the tokens of `make run`, also in FP32, as on a
-CPU without bf16 units), `trainer` (the card's recipe in transformers.Trainer, by default and in bf16), `ablation` (each
-ingredient of ours taken away alone) and `tried` (what might pay, added alone), both at --ablation-share of the tokens,
-`widths` (the target at other widths, rates by the rule), `rates` (the rule: half and double of each rate at --widths, to
-which a power is fitted, and at --test-width, to which it is not), `nanochat`. Every run is kept in outputs/speedrun/runs/,
-so a call goes on where the last one stopped. Writes outputs/speedrun.json, outputs/benchmarks/speedrun.md (which
-`make results` shows) and outputs/speedrun/ratio.png.
+Parts, each in its turn:
+    target, own-rate    the card's recipe, at the card's rate and at the twin's own, and ours up to its loss
+    trainer, trainer-bf16   the card's recipe in transformers.Trainer, in FP32, its default, and in bf16
+    seeds, fp32         ours at the tokens of `make run`, and in FP32, as on a CPU without bf16 units
+    ablation, tried     each ingredient of ours taken away alone; what might pay, added alone (at --ablation-share)
+    widths, rates       the target at other widths, rates by the rule; the rule itself: half and double of each rate at
+                        --widths, to which a power is fitted, and at --test-width, to which it is not
+    nanochat            its own model and optimiser, from a checkout
+A loss is the same on a busy machine, a time is not: with --loss-only no time is kept, and two calls with parts of their own
+may run beside each other. Every run is kept in outputs/speedrun/runs/, so a call goes on where the last one stopped. Writes
+outputs/speedrun.json, outputs/benchmarks/speedrun.md (which `make results` shows) and outputs/speedrun/ratio.png.
 """
 import argparse
 import dataclasses
@@ -39,7 +43,7 @@ from stentor.tuning import tuned_rates  # noqa: E402
 
 CARD, OURS = "stentor2-12m", "stentor2-12m-tuned-qk"
 SHARES = (0.08, 0.1, 0.125, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.42, 0.5, 0.7, 1.0)    # of the card's tokens
-PARTS = ("target", "seeds", "trainer", "ablation", "tried", "widths", "rates", "nanochat")
+PARTS = ("target", "own-rate", "seeds", "fp32", "trainer", "trainer-bf16", "ablation", "tried", "widths", "rates", "nanochat")
 NEVER = 2**31                                         # steps: no evaluation but the first and the last
 FIGURES = ("parameters", "matrix_parameters", "tokens", "eval_loss", "bits_per_byte", "train_seconds")
 
@@ -145,10 +149,10 @@ class Speedrun:
         figures = {key: result[key] for key in FIGURES if key in result}
         found = {"who": who, "width": recipe.shape.hidden_size, "budget": recipe.token_budget, "seed": recipe.seed, **figures,
                  "learning_rate": recipe.learning_rate, "matrix_learning_rate": recipe.matrix_learning_rate,
-                 "seconds": time.monotonic() - began, "load_before": load, "recipe": told}
+                 "seconds": None if self.given.loss_only else time.monotonic() - began, "load_before": load, "recipe": told}
         su.write_atomically(path, json.dumps(found, indent=1))
-        print(f"  loss {found['eval_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte, {found['seconds']:.0f} s",
-              flush=True)
+        took = f", {found['seconds']:.0f} s" if found["seconds"] else ""
+        print(f"  loss {found['eval_loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte{took}", flush=True)
         return found
 
     def our_loop(self, recipe, path: Path) -> dict:
@@ -170,23 +174,27 @@ class Speedrun:
 
     # The parts.
 
-    def target(self, seed: int, width: int, tokens: int, own_rate: bool = True) -> None:
-        card = self.run("card", card_recipe(tokens, seed, width, self.given.layers))
-        if own_rate:
-            self.run("card-own-rate", card_recipe(tokens, seed, width, self.given.layers, own_rate=True))
+    def target(self, seed: int, width: int, own_rate: bool = False) -> None:
+        tokens, layers = self.given.tokens, self.given.layers
+        card = self.run("card-own-rate" if own_rate else "card", card_recipe(tokens, seed, width, layers, own_rate))
         budgets = [int(tokens * share) for share in self.given.shares]
         bisected(lambda n: self.run("ours", self.ours(n, seed, width))["eval_loss"], budgets, card["eval_loss"])
 
+    def own_rate(self, seed: int) -> None:
+        self.target(seed, self.given.width, own_rate=True)
+
     def seeds(self, seed: int) -> None:
-        """What `make run` trains, and the same where no bf16 is: Muon's products are then in FP32 too."""
+        """What `make run` trains."""
+        self.run("ours", self.ours(self.given.seed_tokens, seed))
+
+    def fp32(self, seed: int) -> None:
+        """The same where no bf16 is: Muon's products are then in FP32 too."""
         recipe = self.ours(self.given.seed_tokens, seed)
-        self.run("ours", recipe)
         self.run("ours in FP32", dataclasses.replace(recipe, mixed_precision="no"))
 
-    def trainer(self, seed: int) -> None:
+    def trainer(self, seed: int, mixed: bool = False) -> None:
         recipe = card_recipe(self.given.tokens, seed, self.given.width, self.given.layers)
-        for who, mixed in (("trainer", False), ("trainer-bf16", True)):
-            self.run(who, recipe, mixed=mixed)
+        self.run("trainer-bf16" if mixed else "trainer", recipe, mixed=mixed)
 
     def changed(self, seed: int, kind: str, changes: dict[str, dict]) -> None:
         """Ours and each change to it alone; kind: "without" or "with"."""
@@ -213,12 +221,12 @@ class Speedrun:
     def everything(self) -> None:
         """The parts that were asked for; the report is written after each step of them."""
         given = self.given
+        of_seed = {"target": lambda seed: self.target(seed, given.width), "own-rate": self.own_rate,
+                   "seeds": self.seeds, "fp32": self.fp32, "trainer": self.trainer,
+                   "trainer-bf16": lambda seed: self.trainer(seed, mixed=True)}
         for i, seed in enumerate(given.seeds):
-            steps = [(self.target, seed, given.width, given.tokens)] if "target" in given.parts else []
-            steps += [(self.seeds, seed)] if "seeds" in given.parts else []
-            steps += [(self.trainer, seed)] if "trainer" in given.parts else []
-            for do, *arguments in steps[::-1 if i % 2 else 1]:
-                do(*arguments)
+            for part in [part for part in of_seed if part in given.parts][::-1 if i % 2 else 1]:
+                of_seed[part](seed)
                 self.report()
         for seed in given.seeds[:given.ablation_seeds]:
             for part, kind, changes in (("ablation", "without", without_one()), ("tried", "with", tried())):
@@ -226,7 +234,7 @@ class Speedrun:
                     self.changed(seed, kind, changes)
         for width in given.widths if "widths" in given.parts else ():
             for seed in given.seeds[:given.width_seeds]:
-                self.target(seed, width, given.tokens, own_rate=False)
+                self.target(seed, width)
                 self.report()
         for width in sorted({*given.widths, given.test_width}) if "rates" in given.parts else ():
             for seed in given.seeds[:given.width_seeds]:
@@ -264,6 +272,7 @@ def read_command_line(argv=None) -> argparse.Namespace:
     parser.add_argument("--rate-tokens", type=int, default=1_000_000)
     parser.add_argument("--ablation-seeds", type=int, default=2)
     parser.add_argument("--ablation-share", type=float, default=0.35, help="of --tokens")
+    parser.add_argument("--loss-only", action="store_true", help="keep no times: other work runs beside")
     parser.add_argument("--nanochat", type=Path, help="a checkout of github.com/karpathy/nanochat")
     parser.add_argument("--nanochat-rates", type=float, default=0.35)
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder; by default 01 makes one")

@@ -37,10 +37,15 @@ def tokens_to(losses: dict[int, float], target: float) -> float:
 
 def value_at(values: dict[int, float], tokens: float) -> float:
     """A straight line between the two runs around `tokens`: of their seconds, say. inf beyond the last."""
-    if tokens > max(values):
+    if tokens > max(values, default=0):
         return math.inf
     at = sorted(values)
     return float(np.interp(tokens, at, [values[n] for n in at]))
+
+
+def less(a: float | None, b: float | None) -> float | None:
+    """a - b; None where either was not measured."""
+    return None if a is None or b is None else a - b
 
 
 def bisected(loss_at, budgets: list[int], target: float) -> dict[int, float]:
@@ -54,8 +59,11 @@ def bisected(loss_at, budgets: list[int], target: float) -> dict[int, float]:
     return losses
 
 
-def interval(values: list[float], form: str = "{:.3f}") -> str:
-    """"0.312 (0.300 to 0.330; n = 5)": mean and 95% bootstrap; of one value, that it is one."""
+def interval(values: list[float | None], form: str = "{:.3f}") -> str:
+    """"0.312 (0.300 to 0.330; n = 5)": mean and 95% bootstrap; of one value, that it is one. None was not measured."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "not reached"
@@ -78,7 +86,8 @@ def ratio(runs, card: dict) -> dict:
     """Ours against one run of the card's recipe, of the same seed and width: shares of its tokens and of its time."""
     ours = of(runs, "ours", seed=card["seed"], width=card["width"])
     tokens = tokens_to({run["tokens"]: run["eval_loss"] for run in ours}, card["eval_loss"])
-    seconds = value_at({run["tokens"]: run["seconds"] for run in ours}, tokens)
+    timed = [run for run in ours if run["seconds"] is not None]
+    seconds = value_at({run["tokens"]: run["seconds"] for run in timed}, tokens) if timed else None
     return {"seed": card["seed"], "width": card["width"], "parameters": card["parameters"], "target": card["eval_loss"],
             "bits_per_byte": card["bits_per_byte"], "tokens": tokens, "share": tokens / card["tokens"], "seconds": seconds,
             "at_most": tokens == min(run["tokens"] for run in ours)}
@@ -94,11 +103,13 @@ def summarised(runs: list[dict], tokens: int, test_width: int = 0) -> dict:
         return [ratio(runs, card) for card in cards if of(runs, "ours", seed=card["seed"], width=card["width"])]
     ratios, times = against("card"), []
     for row in ratios:
+        if row["seconds"] is None:
+            continue
         times.append({"who": "ours", **row, "share": 1.0})
         for who in ("card", "trainer", "trainer-bf16"):
             times += [{"who": who, "seed": row["seed"], "width": row["width"], "seconds": run["seconds"],
                        "eval_loss": run["eval_loss"], "share": row["seconds"] / run["seconds"]}
-                      for run in of(runs, who, seed=row["seed"], width=row["width"], budget=tokens)]
+                      for run in of(runs, who, seed=row["seed"], width=row["width"], budget=tokens) if run["seconds"]]
     return {"ratios": ratios, "to_own_rate": against("card-own-rate"), "times": times,
             "away": changes(runs, "without "), "tried": changes(runs, "with "),
             "rates": {name: best_rates(runs, name, test_width) for name in ("matrix_learning_rate", "learning_rate")}}
@@ -113,7 +124,7 @@ def changes(runs: list[dict], kind: str) -> dict[str, list[dict]]:
             ours = of(runs, "ours", seed=run["seed"], width=run["width"], budget=run["budget"])[0]
             found.setdefault(run["who"].removeprefix(kind), []).append(
                 {"seed": run["seed"], "tokens": run["tokens"], "bits_per_byte": run["bits_per_byte"] - ours["bits_per_byte"],
-                 "seconds": run["seconds"] - ours["seconds"]})
+                 "seconds": less(run["seconds"], ours["seconds"])})
     return found
 
 
