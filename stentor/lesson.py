@@ -34,8 +34,12 @@ def card_table(recipe: Recipe, published: Recipe, unprinted: str):
 
 
 def budget_table(recipe: Recipe, published: Recipe):
-    """Parameters and share of each part of the shape; prints their sum."""
+    """Parameters and share of each part of the shape; prints their sum, and draws them beside the
+    card's."""
     import pandas as pd
+
+    from stentor.charts import draw_parameters, show
+    show(draw_parameters({one.name: parameter_budget(one.shape) for one in (recipe, published)}))
     budget, total = parameter_budget(recipe.shape), count_parameters(recipe.shape)
     same = recipe.shape == published.shape
     card = f" (published: {published.published['parameters']:,})" if same else ""

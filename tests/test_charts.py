@@ -443,6 +443,17 @@ def test_parameter_bars_are_the_published_counts(charts, outputs):
     assert "12,047,040" in {text.get_text() for text in absolute.texts}
 
 
+def test_parameters_are_drawn_in_the_order_given():
+    import stentor_utils
+    names = "stentor-12m", "stentor2-12m"
+    budgets = {name: stentor_utils.parameter_budget(stentor_utils.RECIPES[name].shape) for name in names}
+    ax, = stentor_utils.charts.draw_parameters(budgets).axes
+    widths = np.array([[bar.get_width() for bar in bars] for bars in ax.containers])
+    assert widths.sum(0) == pytest.approx([100, 100])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["stentor2-12m: 12.3M", "stentor-12m: 12M"]      # from below
+    assert widths[0] == pytest.approx([16.8, 52.2], abs=0.05)          # of them the embedding, in the cards
+
+
 def test_published_curves_are_published_json(charts):
     loss, perplexity = charts["draw_published"](ROOT / "data" / "published.json").axes
     for ax, key in ((loss, "eval_loss"), (perplexity, "eval_ppl")):

@@ -505,3 +505,12 @@ def test_make_demo_refuses_what_is_wrong_in_a_sentence(outputs, given, expected,
     assert main(["demo", "-p", *given]) == 2
     said = capsys.readouterr().err
     assert all(part in said for part in expected), said
+
+
+def test_a_seed_is_a_number_or_its_text_and_empty_is_a_new_one():
+    from stentor.demo.tab import seed_of
+    assert [seed_of(seed) for seed in (7, 7.0, "7", " 7 ", "0")] == [7, 7, 7, 7, 0]
+    assert len({seed_of(empty) for empty in (None, "", "  ") for _ in range(5)}) == 15
+    for wrong in ("seven", "1.5", "-1", "1e400", "nan"):
+        with pytest.raises(su.ParameterError, match="Seed = "):
+            seed_of(wrong)

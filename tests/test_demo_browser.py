@@ -113,6 +113,18 @@ def test_a_completion_streams_and_is_that_of_generate(page, base):
     assert re.search(r"\d+ tokens in [\d.]+ s, [\d,]+ tokens/s", tab.panel.locator(".st-figures").inner_text())
 
 
+def test_an_empty_seed_is_another_text_each_time_also_when_settings_were_opened(page):
+    tab, texts = pictures.Tab(page, "Generate"), []
+    tab.type("Prompt", "The")
+    settle(tab, tokens=30)
+    for _ in range(3):
+        tab.press("Generate")
+        page.locator(".st-card[aria-busy]").first.wait_for()
+        tab.finished()
+        texts += tab.texts()
+    assert len(set(texts)) == 3
+
+
 def test_chips_history_and_its_file(page):
     tab = pictures.Tab(page, "Generate")
     tab.type("Prompt", "The")

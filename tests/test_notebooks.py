@@ -118,6 +118,16 @@ def test_charts_samples_and_executed_notebooks_are_there(chain):
     assert environment["packages"]["torch"] == importlib.metadata.version("torch")
 
 
+def test_a_picture_is_there_before_the_long_work_begins(chain):
+    folder, _ = chain
+    long_work = {"01_tokenizer": "get", "02_pretrain_t4": "train", "04_instruct_sft": "run", "05_benchmark": "run"}
+    for name, work in long_work.items():
+        cells = json.loads((folder / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        drawn = [cell["id"] for cell in cells if any("image/png" in out.get("data", {}) for out in cell.get("outputs", []))]
+        ids = [cell["id"] for cell in cells]
+        assert ids.index(drawn[0]) < ids.index(work), (name, drawn)
+
+
 def test_the_benchmark_has_a_table_intervals_and_a_chart(chain):
     folder, shown = chain
     benchmark = folder / "benchmark"

@@ -4,6 +4,7 @@ import json
 import pytest
 
 import stentor_utils as su
+from conftest import REPO
 from stentor.reporting import BLOCK, block_problems, sealed, write_results
 
 
@@ -66,6 +67,30 @@ def test_the_six_figures_are_read_where_their_files_are(run_dir, tmp_path):
     figures = [row[1].removesuffix(" |") for row in rows]
     assert figures == ["1.2500 (one draw); a byte bigram model 3.5000 (2.2500 more)", "0.300 (0.250 to 0.350, n = 2)",
                        "0.125 (one draw)", "0 after 12 kills in 3 runs", "not measured", "not measured"]
+
+
+def test_the_minutes_are_papermills_and_those_of_make_run_are_added(run_dir, tmp_path):
+    page = page_of(tmp_path, sealed("minutes", "old", ["outputs/demo/notebooks/*.ipynb"]))
+    (run_dir / "notebooks").mkdir()
+    clock = {"01_tokenizer": 100, "02_pretrain_t4": 200, "04_instruct_sft": 60, "05_benchmark": 10, "07_growth": 300}
+
+    def written(clock):
+        for name, seconds in clock.items():
+            (run_dir / "notebooks" / f"{name}.ipynb").write_text(json.dumps({"metadata": {"papermill": {"duration": seconds}}}))
+        assert write_results(run_dir, page) == ["minutes"]
+        return page.read_text()
+    assert "together" not in written(clock)            # 06 has not run yet
+    text = written({"06_charts": 5.5})
+    assert "|  | 01 | 02 | 04 | 05 | 06 | 07 |" in text
+    assert "| on this CPU | 1m 40s | 3m 20s | 1m 00s | 10s | 5s | 5m 00s |" in text
+    assert "`make run` (01, 02, 04, 05, 06) together: 6m 15s." in text
+
+
+def test_a_stranger_finds_the_commands(monkeypatch):
+    """What tests/benchmarks/bench_stranger.py types stands in the README's first block of commands."""
+    monkeypatch.syspath_prepend(str(REPO / "tests" / "benchmarks"))
+    import bench_stranger
+    assert {"make run", "make demo"} <= set(bench_stranger.commands((REPO / "README.md").read_text()))
 
 
 def test_what_cannot_be_written_is_said(run_dir, tmp_path):

@@ -1,6 +1,7 @@
 """What the five tabs share: the models, who may stop what, the sliders."""
 from __future__ import annotations
 
+import contextlib
 import random
 import secrets
 import shutil
@@ -70,9 +71,12 @@ def _session(request) -> str:
 
 
 def seed_of(seed) -> int:
-    """The seed asked for; a new one for an empty field. ParameterError for what is no seed."""
-    if seed in (None, ""):
+    """The seed asked for, a number or its text; a new one for an empty field. ParameterError for
+    what is no seed."""
+    if seed is None or not str(seed).strip():
         return random.randrange(2**31)
+    with contextlib.suppress(ValueError):
+        seed = float(seed)
     if wrong := number(0, 2**31 - 1, integer=True)(seed):
         raise ParameterError([f"Seed = {seed} {wrong}."])
     return int(seed)
@@ -97,7 +101,7 @@ def model_choice(demo: Demo, value: str | None = None, label: str = "Model") -> 
 class Sampling:
     """The sliders; `inputs` in the order of `generating.settings_of`."""
     inputs: list
-    seed: gr.Number
+    seed: gr.Textbox
 
 
 def sampling(demo: Demo, model: gr.Dropdown, chips: bool = True, temperature: bool = True,
@@ -117,7 +121,9 @@ def sampling(demo: Demo, model: gr.Dropdown, chips: bool = True, temperature: bo
                       info="only the likeliest tokens that together have this probability"),
             gr.Slider(1, 2, penalty, step=0.05, label="Repetition penalty", info="1 is none"),
             gr.Slider(1, 1000, length, step=1, label="New tokens at most")]
-        seed = gr.Number(None, label="Seed", precision=0, info="empty: another text every time")
+        # No gr.Number: opened with the accordion an empty one says 0, and while the browser fetches
+        # what draws it, what is typed into the sliders above is lost (Gradio 6.31).
+        seed = gr.Textbox("", label="Seed", info="empty: another text every time")
     for button in buttons:
         button.click(lambda name, chip=button.value: _chip(demo, chip, name), model,
                      [*sliders, about], queue=False, api_visibility="private")
