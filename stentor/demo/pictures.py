@@ -50,6 +50,7 @@ class Tab:
         page.get_by_role("tab", name=name).click()
         self.panel = page.locator("[role=tabpanel]:visible")
         self.panel.wait_for()
+        at_rest(page)
 
     def press(self, name: str) -> None:
         self.panel.get_by_role("button", name=name, exact=True).click()
