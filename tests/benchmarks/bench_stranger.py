@@ -40,11 +40,8 @@ def said_by(demo: subprocess.Popen) -> str:
 def chatted(address: str) -> str:
     """What the first model answers to QUESTION, asked as the page asks."""
     from gradio_client import Client
-    client = Client(address, verbose=False)
-    about = client.view_api(return_format="dict")["named_endpoints"]["/chat"]["parameters"]
-    values = {p["parameter_name"]: p["parameter_default"] for p in about if p["parameter_has_default"]}
-    first = next(p["parameter_name"] for p in about if not p["parameter_has_default"])
-    return str(client.predict(**values, **{first: QUESTION}, api_name="/chat"))
+    conversation, *_ = Client(address, verbose=False).predict(message=QUESTION, api_name="/chat")
+    return conversation[-1]["content"][0]["text"]
 
 
 def walk(folder: Path) -> tuple[dict[str, float], str]:
