@@ -58,7 +58,8 @@ def walk(folder: Path) -> tuple[dict[str, float], str]:
         address = said_by(opened)
         page, answer = time.time(), chatted(address)
     finally:
-        os.killpg(opened.pid, signal.SIGINT)
+        os.killpg(opened.pid, signal.SIGTERM)         # not SIGINT: behind `&` it may be ignored
+        opened.wait(30)
     there = {"the packages are installed": (folder / ".venv" / ".installed").stat().st_mtime,
              "a tokenizer": (out / "tokenizer" / "tokenizer_config.json").stat().st_mtime,
              "a trained model has written its first samples": (out / "samples.json").stat().st_mtime,
