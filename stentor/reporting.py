@@ -148,11 +148,13 @@ OTHER_FIGURES = (
      "prompts whose greedy continuation is transformers', token for token", _same_tokens))
 
 
+# What the Makefile's `run` runs.
 MAKE_RUN = "01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"
 
 
 def _minutes(run_dir: Path):
-    """How long each notebook took in its last run, by papermill's own clock; those of `make run` together."""
+    """How long each notebook took in its last run, by papermill's own clock, and `make run`'s
+    together."""
     paths = sorted((run_dir / "notebooks").glob("*.ipynb"))
     clock = {path: json.loads(path.read_text())["metadata"].get("papermill", {}).get("duration")
              for path in paths}

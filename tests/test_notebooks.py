@@ -12,8 +12,9 @@ import stentor.notebooks
 from conftest import REPO
 
 import stentor_utils as su
+from stentor.reporting import MAKE_RUN
 
-CHAIN = ["01_tokenizer", "02_pretrain_t4", "04_instruct_sft", "05_benchmark", "06_charts"]
+CHAIN = list(MAKE_RUN)
 CANARIES = {name: f"canary-{name}-Canary7Canary7" for name in ("HF_TOKEN", "KAGGLE_KEY", "WANDB_API_KEY", "AWS_SECRET_KEY")}
 
 

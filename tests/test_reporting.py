@@ -5,7 +5,7 @@ import pytest
 
 import stentor_utils as su
 from conftest import REPO
-from stentor.reporting import BLOCK, block_problems, sealed, write_results
+from stentor.reporting import BLOCK, MAKE_RUN, block_problems, sealed, write_results
 
 
 @pytest.fixture
@@ -84,6 +84,10 @@ def test_the_minutes_are_papermills_and_those_of_make_run_are_added(run_dir, tmp
     assert "|  | 01 | 02 | 04 | 05 | 06 | 07 |" in text
     assert "| on this CPU | 1m 40s | 3m 20s | 1m 00s | 10s | 5s | 5m 00s |" in text
     assert "`make run` (01, 02, 04, 05, 06) together: 6m 15s." in text
+
+
+def test_the_notebooks_of_make_run_are_the_makefiles():
+    assert f"NOTEBOOKS ?= {' '.join(MAKE_RUN)}\n" in (REPO / "Makefile").read_text()
 
 
 def test_a_stranger_finds_the_commands(monkeypatch):

@@ -121,8 +121,7 @@ def sampling(demo: Demo, model: gr.Dropdown, chips: bool = True, temperature: bo
                       info="only the likeliest tokens that together have this probability"),
             gr.Slider(1, 2, penalty, step=0.05, label="Repetition penalty", info="1 is none"),
             gr.Slider(1, 1000, length, step=1, label="New tokens at most")]
-        # No gr.Number: opened with the accordion an empty one says 0, and while the browser fetches
-        # what draws it, what is typed into the sliders above is lost (Gradio 6.31).
+        # No gr.Number: an empty one says 0 as soon as the accordion is opened (Gradio 6.31).
         seed = gr.Textbox("", label="Seed", info="empty: another text every time")
     for button in buttons:
         button.click(lambda name, chip=button.value: _chip(demo, chip, name), model,

@@ -19,8 +19,9 @@ Parts, each in its turn:
                         --widths, to which a power is fitted, and at --test-width, to which it is not
     nanochat            its own model and optimiser, from a checkout
 A loss is the same on a busy machine, a time is not: with --loss-only no time is kept, and two calls with parts of their own
-may run beside each other. Every run is kept in outputs/speedrun/runs/, so a call goes on where the last one stopped. Writes
-outputs/speedrun.json, outputs/benchmarks/speedrun.md (which `make results` shows) and outputs/speedrun/ratio.png.
+may run beside each other. Every run is kept in outputs/speedrun/runs/, so a call goes on where the last one stopped; a run
+without its time is not timed later, until its file is deleted. Writes outputs/speedrun.json, outputs/speedrun/ratio.png and
+outputs/benchmarks/speedrun.md (which `make results` shows).
 """
 import argparse
 import dataclasses

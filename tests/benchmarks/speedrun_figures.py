@@ -37,15 +37,10 @@ def tokens_to(losses: dict[int, float], target: float) -> float:
 
 def value_at(values: dict[int, float], tokens: float) -> float:
     """A straight line between the two runs around `tokens`: of their seconds, say. inf beyond the last."""
-    if tokens > max(values, default=0):
+    if tokens > max(values):
         return math.inf
     at = sorted(values)
     return float(np.interp(tokens, at, [values[n] for n in at]))
-
-
-def less(a: float | None, b: float | None) -> float | None:
-    """a - b; None where either was not measured."""
-    return None if a is None or b is None else a - b
 
 
 def bisected(loss_at, budgets: list[int], target: float) -> dict[int, float]:
@@ -122,9 +117,10 @@ def changes(runs: list[dict], kind: str) -> dict[str, list[dict]]:
     for run in runs:
         if run["who"].startswith(kind):
             ours = of(runs, "ours", seed=run["seed"], width=run["width"], budget=run["budget"])[0]
+            times = run["seconds"], ours["seconds"]
             found.setdefault(run["who"].removeprefix(kind), []).append(
                 {"seed": run["seed"], "tokens": run["tokens"], "bits_per_byte": run["bits_per_byte"] - ours["bits_per_byte"],
-                 "seconds": less(run["seconds"], ours["seconds"])})
+                 "seconds": None if None in times else times[0] - times[1]})
     return found
 
 
