@@ -221,6 +221,8 @@ def test_the_tpu_notebook_keeps_its_mixture_and_learns(tpu_run):
     recipe = su.find_recipe("stentor3-20m-tuned-qk", "cpu", {"token_budget": 200_000})
     assert summary["recipe"] == recipe.name and summary["optimizer"] == "stentor.MuonAdamW"
     assert summary["tokens"] == recipe.total_tokens and (folder / "final" / "model.safetensors").exists()
+    su.write_model_card(folder)                        # as 06 does
+    assert su.check_model_card(folder) == []
 
 
 @pytest.fixture(scope="module")
